@@ -1,0 +1,946 @@
+"""Sokoban for reinforcement learning: batched, endless, on torch tensors (CPU or GPU), with gymnasium's API.
+
+The game of Racaniere, Weber et al. 2017 ("Imagination-Augmented Agents for Deep Reinforcement Learning",
+arXiv 1707.06203): an agent pushes boxes onto targets, and cannot pull them back. Actions 0-4: no-op, up, down, left,
+right. Each step pays -0.1, a box pushed onto a target +1, off a target -1, the last box +10. An episode ends when
+the level is solved (`terminated`) or after 120 steps (`truncated`).
+
+    envs = SokobanVectorEnv(64)                                            # endless 10x10 levels with 4 boxes
+    observation, info = envs.reset(seed=1)                                 # (64, 10, 10) uint8, on `device`
+    observation, reward, terminated, truncated, info = envs.step(actions)  # gymnasium's same-step autoreset
+
+    env = gymnasium.make("Sokoban-v0", size=7, num_boxes=1)                # one environment, numpy in and out
+    levels, solutions = generate_levels(1000, size=8, num_boxes=2, seed=1)
+
+One text serves two backends. A board is one byte a cell, and each function below runs on numpy arrays (`xp` is numpy:
+the CPU, where a numpy operation costs a fifth of a torch one to dispatch) or on torch tensors (`xp` is torch: the GPU).
+
+Shapes: `N` environments, `L` levels, `B` boards in the generator, `K` boxes, `H, W` board. Board `n` starts at `n*H*W`
+in a flat array, and a "position" is an index into it: up is -W, right is +1. Positions can leave a board by one row
+(the cell behind a border wall), so flat arrays end in W spare cells, which negative positions reach too.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+WALL, FLOOR, TARGET, BOX, BOX_ON_TARGET, PLAYER, PLAYER_ON_TARGET = range(7)
+CELL_CHARS = "# .$*@+"  # XSB's character for each cell value
+NOOP, UP, DOWN, LEFT, RIGHT = range(5)
+STEP_REWARD, BOX_REWARD, SOLVED_REWARD = -0.1, 1.0, 10.0
+MAX_SIZE = 64
+
+# The seven sprites side by side, 8x8 pixels each. Row 4, column 4 of each has the cell's `tiny_rgb` colour.
+_ART = """
+wwwwwwww|ffffffff|ffffffff|dddddddd|rrrrrrrr|ffkkkkff|ttkkkktt
+wwwmwwww|ffffffff|fttttttf|dbbbbbbd|roooooor|ffpkpkff|tfqkqkft
+wwwmwwww|ffffffff|ftfffftf|dbddddbd|rorrrror|ffppppff|tfqqqqft
+mmmmmmmm|ffffffff|ftfttftf|dbdbbdbd|rorooror|fppppppf|tqqqqqqt
+wwwwwwwm|ffffffff|ftfttftf|dbdbbdbd|rorooror|fppppppf|tqqqqqqt
+wwwwwwwm|ffffffff|ftfffftf|dbddddbd|rorrrror|ffppppff|tfqqqqft
+mmmmmmmm|ffffffff|fttttttf|dbbbbbbd|roooooor|ffpffpff|tfqffqft
+wwwmwwww|ffffffff|ffffffff|dddddddd|rrrrrrrr|fkkffkkf|tkkttkkt
+"""
+_INK = {
+    "w": (0, 0, 0), "f": (243, 248, 238), "t": (254, 126, 125), "b": (142, 121, 56), "o": (254, 95, 56),
+    "p": (160, 212, 56), "q": (219, 212, 56), "m": (72, 72, 80), "d": (96, 78, 36), "r": (178, 50, 36),
+    "k": (40, 40, 48),
+}  # fmt: skip
+SPRITE_PALETTE = np.array(list(_INK.values()), dtype=np.uint8)  # (11, 3): every colour of an `rgb` observation
+SPRITES = np.array(
+    [[[_INK[pixel] for pixel in row.split("|")[i]] for row in _ART.split()] for i in range(7)], dtype=np.uint8
+)  # (7, 8, 8, 3)
+TINY_PALETTE = SPRITES[:, 4, 4]  # (7, 3)
+_BLOCKS = {"tiny_rgb": TINY_PALETTE[:, None, None], "rgb": SPRITES}  # what one cell looks like: (7, s, s, 3)
+OBSERVATIONS = ("cells", *_BLOCKS)
+
+
+def _rule(player: int, ahead: int, beyond: int) -> tuple[int, int, int, bool, int]:
+    """The rules of Sokoban: the player's cell, the one it walks into and the one behind that, before and after.
+
+    Returns:
+        the three new cells, whether the player moved, and the change in the number of boxes on targets.
+    """
+    push = ahead in (BOX, BOX_ON_TARGET) and beyond in (FLOOR, TARGET)
+    if not (push or ahead in (FLOOR, TARGET)):
+        return player, ahead, beyond, False, 0  # blocked; or a no-op, for which all three are the player's own cell
+    left = TARGET if player == PLAYER_ON_TARGET else FLOOR
+    entered = PLAYER_ON_TARGET if ahead in (TARGET, BOX_ON_TARGET) else PLAYER
+    if not push:
+        return left, entered, beyond, True, 0
+    return (
+        left,
+        entered,
+        BOX_ON_TARGET if beyond == TARGET else BOX,
+        True,
+        (beyond == TARGET) - (ahead == BOX_ON_TARGET),
+    )
+
+
+# `_rule` for every case (player is 5 or 6, the other two 0-6), so that a step is a few table look-ups.
+_CASES = [
+    _rule(player, ahead, beyond) for player in (PLAYER, PLAYER_ON_TARGET) for ahead in range(7) for beyond in range(7)
+]
+_NEXT_CELLS = np.array([case[:3] for case in _CASES], dtype=np.uint8).T.ravel()  # (3 * 98,)
+_MOVED = np.array([case[3] for case in _CASES])  # (98,) bool
+_GAIN = np.array([case[4] for case in _CASES])  # (98,) boxes that came onto a target
+_REWARD = (STEP_REWARD + BOX_REWARD * _GAIN).astype(np.float32)  # (98,)
+
+
+# --------------------------------------------------------------------------------------------- observations and text
+
+
+def convert_observation(array: Any, source: str, target: str) -> Any:
+    """Turn an observation into another kind: `cells` (..., H, W), `tiny_rgb` (..., H, W, 3), `rgb` (..., 8H, 8W, 3).
+
+    All are uint8; leading axes (environments, stacked frames) are kept, numpy gives numpy, torch gives torch on the
+    same device.
+
+    Raises:
+        ValueError: an unknown kind, or a pixel that is no sprite's.
+    """
+    for kind in (source, target):
+        _check_observation(kind)
+    xp, like = (torch, {"device": array.device}) if isinstance(array, torch.Tensor) else (np, {})
+    if source == target:
+        return xp.asarray(array, copy=True)
+    if source != "cells":
+        tiny = array if source == "tiny_rgb" else array[..., 4::8, 4::8, :]
+        match = (tiny[..., None, :] == xp.asarray(TINY_PALETTE, **like)).all(-1)  # (..., H, W, 7)
+        if not match.any(-1).all():
+            raise ValueError(
+                f"the {source} image has a pixel that is no sprite's: is it really a {source} observation?"
+            )
+        array = xp.asarray(xp.asarray(match, dtype=xp.uint8).argmax(-1), dtype=xp.uint8)
+    if target == "cells":
+        return array
+    blocks = xp.asarray(_BLOCKS[target], **like)[xp.asarray(array, dtype=xp.int64)]  # (..., H, W, s, s, 3)
+    *lead, height, width, s, _, _ = blocks.shape
+    return xp.moveaxis(blocks, -4, -3).reshape(*lead, height * s, width * s, 3)
+
+
+def cells_to_text(cells: Any) -> str:
+    """A board (H, W) as XSB text, one line a row: `#` wall, `@` player, `$` box, `.` target, `*` and `+` on target."""
+    return "\n".join("".join(CELL_CHARS[cell] for cell in row) for row in _to_numpy(cells))
+
+
+def text_to_cells(text: str) -> np.ndarray:
+    """One level of XSB text as a board (H, W) of uint8 cells; `load_levels` says what is read and what is refused."""
+    boards = _parse_levels(text, "level")
+    if len(boards) != 1:
+        raise ValueError(f"the text holds {len(boards)} levels, expected one")
+    return boards[0]
+
+
+def _parse_levels(text: str, name: str) -> list[np.ndarray]:
+    """Every level of a Boxoban or XSB text; `name` stands before the line number in errors."""
+    boards, rows = [], []
+    for number, line in enumerate([*text.splitlines(), ""], start=1):
+        row = line.rstrip().replace("-", " ").replace("_", " ")
+        body = row.lstrip()
+        if body.startswith("#") or (body and set(body) <= set(CELL_CHARS)):
+            for column, char in enumerate(row, start=1):
+                if char not in CELL_CHARS:
+                    place = f"{name}:{number}:{column}"
+                    raise ValueError(f"{place}: unknown character {char!r}, a level is written in {CELL_CHARS!r}")
+            rows.append([CELL_CHARS.index(char) for char in row])
+        elif rows:  # a blank line, a comment or a title ends the level
+            boards.append(_close_level(rows, f"{name}:{number - len(rows)}"))
+            rows = []
+    return boards
+
+
+def _close_level(rows: list[list[int]], place: str) -> np.ndarray:
+    """Ragged rows to a board (H, W) on which the floor outside the walls has become wall."""
+    board = np.full((len(rows) + 2, max(map(len, rows)) + 2), FLOOR, dtype=np.uint8)  # with a rim of outside
+    for y, row in enumerate(rows, start=1):
+        board[y, 1 : len(row) + 1] = row
+    outside, grown = np.zeros_like(board, dtype=bool), board < 0
+    grown[0, 0] = True
+    while (grown != outside).any():
+        outside = grown.copy()
+        for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
+            grown |= np.roll(outside, shift, axis) & (board != WALL)
+    if (board[outside] != FLOOR).any():
+        raise ValueError(f"{place}: the level is not closed, a wall is missing between its inside and the outside")
+    board[outside] = WALL
+    _check_boards(board[None], place)
+    return board[1:-1, 1:-1]
+
+
+def _pad_levels(boards: Any, size: tuple[int, int] | None, name: str) -> np.ndarray:
+    """Boards of any sizes, or their texts, to one array (L, H, W), filled up with wall below and to the right."""
+    if isinstance(boards, (str, os.PathLike)):
+        raise ValueError(f"{name}: expected a list of boards, got {str(boards)[:40]!r}; for a path: load_levels(path)")
+    boards = [text_to_cells(board) if isinstance(board, str) else board for board in _to_numpy(boards)]
+    height, width = size or [max(board.shape[axis] for board in boards) for axis in (0, 1)]
+    padded = np.full((len(boards), height, width), WALL, dtype=np.uint8)
+    for i, board in enumerate(boards):
+        if board.ndim != 2 or board.shape[0] > height or board.shape[1] > width:
+            shape = "x".join(map(str, board.shape))
+            raise ValueError(f"{name}: level {i} is {shape}, too large for size {height}x{width}")
+        padded[i, : board.shape[0], : board.shape[1]] = board
+    _check_boards(padded, name)
+    return padded
+
+
+def _check_boards(boards: np.ndarray, name: str, *, unsolved: bool = True) -> None:
+    """Refuse boards (L, H, W) on which the rules would not hold."""
+    if len(boards) == 0:
+        raise ValueError(f"{name}: no levels")
+    flat = boards.reshape(len(boards), -1)
+    players, boxes = (flat >= PLAYER).sum(1), ((flat == BOX) | (flat == BOX_ON_TARGET)).sum(1)
+    targets = ((flat == TARGET) | (flat == BOX_ON_TARGET) | (flat == PLAYER_ON_TARGET)).sum(1)
+    rim = np.ones(boards.shape[1:], dtype=bool)
+    rim[1:-1, 1:-1] = False
+    for wrong, message in (
+        (players != 1, "{players} players, needs exactly one"),
+        (boxes != targets, "{boxes} boxes and {targets} targets, needs as many of each"),
+        (flat[:, rim.ravel()].any(1), "an opening: every cell of the outer border must be wall"),
+        (flat.max(1) > PLAYER_ON_TARGET, "a cell value above 6"),
+        (unsolved & ~(flat == BOX).any(1), "no box off its target: it is solved already"),
+    ):
+        if wrong.any():
+            i = int(wrong.argmax())
+            message = message.format(players=players[i], boxes=boxes[i], targets=targets[i])
+            raise ValueError(f"{name}: {f'level {i}' if len(boards) > 1 else 'the level'} has {message}")
+
+
+def load_levels(path: str | os.PathLike, size: int | tuple[int, int] | None = None) -> torch.Tensor:
+    """Read a Boxoban or XSB file, or every .txt, .xsb and .sok file below a folder.
+
+    Rows may be ragged, `-` and `_` are floor too; blank lines, comments and titles part levels; floor outside the walls
+    becomes wall; smaller levels are padded with wall to `size`, or to the largest.
+
+    Returns:
+        levels (L, H, W), uint8, in the order of the sorted paths.
+
+    Raises:
+        OSError: the path can't be read. ValueError: with file, line and column: no level, an unknown character, not one
+        player, unequal numbers of boxes and targets, no box to push, no closed wall; or a level too large for `size`.
+    """
+    path = pathlib.Path(path)
+    files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".xsb", ".sok")) if path.is_dir() else [path]
+    boards = []
+    for file in files:
+        try:
+            boards += _parse_levels(file.read_text(encoding="utf-8"), str(file))
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}: not a text file") from None
+    if not boards:
+        raise ValueError(f"{path}: no levels found" + " (in .txt, .xsb and .sok files)" * path.is_dir())
+    return torch.from_numpy(_pad_levels(boards, None if size is None else _check_size(size), str(path)))
+
+
+def save_levels(path: str | os.PathLike, levels: Any) -> None:
+    """Write levels (L, H, W) as a Boxoban text file, which `load_levels` reads back; never leaves half a file."""
+    text = "".join(f"; {i}\n{cells_to_text(board)}\n\n" for i, board in enumerate(_to_numpy(levels)))
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def exclude_levels(levels: Any, seen: Any) -> torch.Tensor:
+    """A mask (L,) that is True for the levels (L, H, W) that are not among `seen`, for a clean held-out set."""
+    known = {board.tobytes() for board in _to_numpy(seen)}
+    return torch.tensor([board.tobytes() not in known for board in _to_numpy(levels)], dtype=torch.bool)
+
+
+# ------------------------------------------------------------------------------------------------- checks and backend
+
+
+def _check_observation(observation: str) -> None:
+    if observation not in OBSERVATIONS:
+        raise ValueError(f"unknown observation {observation!r}, choose one of {', '.join(OBSERVATIONS)}")
+
+
+def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if not (3 <= height <= MAX_SIZE and 3 <= width <= MAX_SIZE):
+        raise ValueError(f"size {height}x{width} is out of range, height and width go from 3 to {MAX_SIZE}")
+    return height, width
+
+
+def _check_generator(height: int, width: int, num_boxes: int) -> None:
+    most = (height + width) // 4
+    if min(height, width) < 5 or not 1 <= num_boxes <= most:
+        allowed = f"choose 1 to {most} boxes" if min(height, width) >= 5 else "the smallest board is 5x5"
+        raise ValueError(f"can't generate {height}x{width} levels with num_boxes={num_boxes}: {allowed}")
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"can't use device {str(device)!r}: {str(e).splitlines()[0]}") from None
+
+
+def _to_numpy(array: Any) -> Any:
+    return array.cpu().numpy() if isinstance(array, torch.Tensor) else array
+
+
+def _to_torch(array: Any) -> torch.Tensor:
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+
+def _copy_to(xp: Any, device: str, array: Any) -> Any:
+    """A copy of a tensor or array for the backend, on its device."""
+    return np.array(_to_numpy(array)) if xp is np else torch.asarray(array, device=device, copy=True)
+
+
+class _Random:
+    """One seeded source of random arrays for either backend."""
+
+    def __init__(self, xp: Any, device: str, *seed: int) -> None:
+        self.xp, self.device = xp, device
+        sequence = np.random.SeedSequence(seed)
+        if xp is np:
+            self.generator = np.random.default_rng(sequence)
+        else:
+            self.generator = torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+
+    def uniform(self, *shape: int) -> Any:
+        """float32 in [0, 1)."""
+        if self.xp is np:
+            return self.generator.random(shape, dtype=np.float32)
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def integers(self, high: int, *shape: int) -> Any:
+        """int64 from 0 to high - 1."""
+        if self.xp is np:
+            return self.generator.integers(high, size=shape)
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+    def get_state(self) -> Any:
+        return self.generator.bit_generator.state if self.xp is np else self.generator.get_state()
+
+    def set_state(self, state: Any) -> None:
+        if self.xp is np:
+            self.generator.bit_generator.state = state
+        else:
+            self.generator.set_state(state.cpu())
+
+
+# ---------------------------------------------------------------------------------------------------------- generator
+
+# The 3x3 patterns that a walker carves (gym-sokoban's, as in the paper's appendix).
+_CARVE = ("...###...", ".#..#..#.", "...##..#.", "...##.##.", "....##.#.")
+# Ours, fitted to the statistics of DeepMind's levels (docs/sokoban_env.md): how many steps the walker takes for each
+# row and column, how often it turns, and how much likelier a pull is for each thing that it has.
+_WALK_STEPS, _TURN = 1.8, 0.35
+_SAME_BOX, _SAME_DIRECTION, _AWAY = 6.0, 4.0, 6.0
+
+
+def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any, Any]:
+    """The cells reached from `start` in `rounds` moves over `free` ones, and each cell's distance (`rounds` if farther).
+
+    `free` is flat and False on every border, so that moves never leave a board.
+    """
+    reached = xp.zeros_like(free)
+    reached[start] = True
+    distance = xp.zeros_like(free, dtype=xp.uint8)
+    for i in range(rounds):
+        distance += ~reached
+        grown = xp.asarray(reached, copy=True)
+        grown[1:] |= reached[:-1]
+        grown[:-1] |= reached[1:]
+        grown[width:] |= reached[:-width]
+        grown[:-width] |= reached[width:]
+        grown &= free
+        # Stop early where asking is cheap; on a GPU it would wait for the device.
+        if xp is np and i % 4 == 3 and (grown == reached).all():
+            distance[~reached] = rounds
+            break
+        reached = grown
+    return reached, distance
+
+
+def _generate(
+    xp: Any, device: str, height: int, width: int, num_boxes: int, seed: tuple[int, ...], solve: bool
+) -> Iterator[None]:
+    """Make one batch of levels in small slices of work: yields between them, returns (boards (L, H, W), solutions).
+
+    The paper's appendix: (1) a random walk carves the room, (2) targets and the player fall on random floor cells,
+    (3) the level is played backwards from its solution, pulling boxes, and keeps the position with the best (box swaps) x
+    (displacement of the boxes from their targets), (4) the player starts on any cell it can then reach. Here a batch of
+    rooms is played at once, a pull a round, each drawn at random among all that are possible.
+    """
+    cells = height * width
+    num, like = max(64, 2**17 // cells), {"device": device}
+    rng = _Random(xp, device, *seed)
+    board = xp.arange(num, **like) * cells  # (B,) where each board starts
+    step = xp.asarray([-width, width, -1, 1], **like)  # up, down, left, right
+
+    # (1) The walker carves a pattern around itself, and turns now and then.
+    floor = xp.zeros(num * cells + width, dtype=xp.bool, **like)
+    around = xp.asarray([dy * width + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], **like)[:, None]  # (9, 1)
+    carve = xp.asarray([[row[i] == "#" for row in _CARVE] for i in range(9)], **like)  # (9, 5)
+    y, x = 1 + rng.integers(height - 2, num), 1 + rng.integers(width - 2, num)
+    heading = rng.integers(4, num)
+    for _ in range(int(_WALK_STEPS * (height + width))):
+        heading = xp.where(rng.uniform(num) < _TURN, rng.integers(4, num), heading)
+        y = xp.clip(y + xp.asarray([-1, 1, 0, 0], **like)[heading], 1, height - 2)
+        x = xp.clip(x + xp.asarray([0, 0, -1, 1], **like)[heading], 1, width - 2)
+        at = board + y * width + x + around  # (9, B)
+        floor[at] |= carve[:, rng.integers(len(_CARVE), num)]
+    room = floor[: num * cells].reshape(num, height, width)
+    room[:, [0, -1]] = False
+    room[:, :, [0, -1]] = False
+
+    # (2) Targets, with their boxes, and the player: the K + 1 floor cells with the highest lots.
+    lots = rng.uniform(num, cells) * room.reshape(num, cells)
+    spots = []
+    for _ in range(num_boxes + 1):
+        spots.append(lots.argmax(1) + board)
+        lots.reshape(-1)[spots[-1]] = 0
+    target, player = xp.stack(spots[:-1]), spots[-1]  # (K, B), (B,)
+    roomy = room.sum((1, 2)) >= 2 * num_boxes + 1
+    yield
+
+    # (3) Reverse play. `free`: floor without a box.
+    rounds, num_pulls = 2 * (height + width), 8 * (num_boxes + 1)
+    box, free = xp.asarray(target, copy=True), xp.asarray(floor, copy=True)
+    free[box] = False
+    is_target = xp.zeros_like(floor)
+    is_target[target] = True
+    rows = xp.arange(num, **like)
+    boxes, headings = xp.arange(num_boxes, **like)[:, None], xp.arange(4, **like)[:, None, None]
+    last_box, last_heading = xp.full((num,), -1, **like), xp.full((num,), -1, **like)
+    swaps, best = xp.zeros(num, dtype=xp.int64, **like), xp.zeros(num, dtype=xp.int64, **like)
+    best_box, best_player, best_round = target, player, xp.zeros(num, dtype=xp.int64, **like)
+    pulls = []  # per round: the box's new position and the step that it made, 0 where none was possible
+
+    def displacement(box: Any, target: Any) -> Any:
+        return abs(box // width - target // width) + abs(box % width - target % width)
+
+    for i in range(num_pulls):
+        reached, _ = _flood(xp, free, player, width, rounds)
+        near = box + step[:, None, None]  # (4, K, B) where the player stands to pull, and the box goes to
+        possible = reached[near] & reached[near + step[:, None, None]]
+        same_box = boxes == last_box  # (K, B)
+        weight = 1 + (_SAME_BOX - 1) * same_box
+        weight = weight * (1 + (_SAME_DIRECTION - 1) * (same_box & (headings == last_heading)))
+        weight = weight * (1 + (_AWAY - 1) * (displacement(near, target) > displacement(box, target)))  # (4, K, B)
+        # argmax of log(u) / w draws from the possible pulls in proportion to w
+        lots = xp.where(possible, xp.log(rng.uniform(*near.shape) + 1e-12) / weight, -xp.inf).reshape(-1, num)
+        pull = lots.argmax(0)
+        heading, which = pull // num_boxes, pull % num_boxes
+        moves = possible.reshape(-1, num)[pull, rows]
+        stride = xp.where(moves, step[heading], 0)
+        old = box[which, rows]
+        new = old + stride
+        free[old] = True
+        free[new] = False
+        box[which, rows] = new
+        player = xp.where(moves, new + stride, player)
+        swaps += moves & (which != last_box)
+        last_box, last_heading = xp.where(moves, which, last_box), xp.where(moves, heading, last_heading)
+        score = swaps * displacement(box, target).sum(0) * (roomy & ~is_target[box].any(0))
+        better = score > best
+        best, best_round = xp.where(better, score, best), xp.where(better, i, best_round)
+        best_box, best_player = xp.where(better, box, best_box), xp.where(better, player, best_player)
+        pulls.append((new, stride))
+        yield
+
+    # (4) The player starts anywhere in its region. Levels that left no box on a target are kept, once each.
+    free = xp.asarray(floor, copy=True)
+    free[best_box] = False
+    reached, _ = _flood(xp, free, best_player, width, rounds)
+    start = (rng.uniform(num, cells) * reached[: num * cells].reshape(num, cells)).argmax(1) + board
+    level = xp.asarray(floor, dtype=xp.uint8)
+    level[target] = TARGET
+    level[best_box] = BOX
+    level[start] = PLAYER + xp.asarray(is_target[start], dtype=xp.uint8)
+    kept = xp.where(best > 0)[0]
+    levels = level[: num * cells].reshape(num, height, width)[kept]
+    yield
+    if not solve:
+        return levels, None
+
+    # The solution: the pulls up to the best round, reversed; the player walks from push to push.
+    player, on_target, active = start, xp.zeros_like(best), best > 0
+    letters = []  # each (B,) uint8, an ASCII code or 0
+    for i in reversed(range(num_pulls)):
+        new, stride = pulls[i]
+        pushing = active & (i <= best_round) & (stride != 0)
+        goal = xp.where(pushing, new + stride, player)
+        _, distance = _flood(xp, free, goal, width, rounds)
+        while True:
+            near = player + step[:, None]  # (4, B)
+            closer = distance[near] < distance[player]
+            walking = closer.any(0)
+            if not walking.any():
+                break
+            heading = xp.asarray(closer, dtype=xp.uint8).argmax(0)
+            player = xp.where(walking, near[heading, rows], player)
+            letters.append(xp.where(walking, xp.asarray([*b"udlr"], dtype=xp.uint8, **like)[heading], 0))
+        free[xp.where(pushing, new, -1)] = True  # -1 is a spare cell
+        free[xp.where(pushing, new - stride, -1)] = False
+        free[-1] = False
+        player = xp.where(pushing, new, player)
+        push = xp.asarray(step[:, None] == -stride, dtype=xp.uint8).argmax(0)
+        letters.append(xp.where(pushing, xp.asarray([*b"UDLR"], dtype=xp.uint8, **like)[push], 0))
+        on_target += is_target[new - stride] * pushing - is_target[new] * xp.asarray(pushing, dtype=xp.int64)
+        active = active & (on_target < num_boxes)  # reverse play may have passed through a solved board
+        yield
+    text = _to_numpy(xp.stack(letters, 1)[kept])
+    return levels, [row[row > 0].tobytes().decode() for row in text]
+
+
+class _Pool:
+    """Where an environment's levels come from: a fixed set, drawn at random, or the generator, each level once."""
+
+    _COUNTERS = ("head", "serial", "seed", "batch", "slices", "frames", "drawn", "repeated")
+
+    def __init__(self, xp: Any, device: str, settings: tuple[int, int, int], levels: Any, num_envs: int):
+        self.xp, self.device, self.settings, self.num_envs = xp, device, settings, num_envs
+        self.endless = levels is None
+        self.boards = xp.zeros((0, *settings[:2]), dtype=xp.uint8, device=device) if self.endless else levels
+        self.restart(0)
+
+    def restart(self, seed: int) -> None:
+        self.rng, self.work = _Random(self.xp, self.device, seed), None
+        if self.endless:
+            self.boards = self.boards[:0]
+        # boards[head:] are fresh, boards[0] was the `serial`-th made; `slices` of batch `batch` are done
+        for name in self._COUNTERS:
+            setattr(self, name, seed if name == "seed" else 0)
+
+    def draw(self, num: int) -> tuple[Any, Any]:
+        """`num` boards (num, H, W) and their numbers (num,)."""
+        fresh = min(num, len(self.boards) - self.head) if self.endless else 0
+        index = self.xp.arange(self.head, self.head + fresh, device=self.device)
+        if fresh < num:  # a fixed set, or demand outran the generator
+            index = self.xp.concatenate([index, self.rng.integers(len(self.boards), num - fresh)])
+        self.head, self.drawn, self.repeated = self.head + fresh, self.drawn + num, self.repeated + num - fresh
+        return self.boards[index], index + self.serial
+
+    def fill(self) -> None:
+        """Generate until every environment can have a fresh level."""
+        while len(self.boards) - self.head < self.num_envs:
+            self._advance()
+
+    def refill(self) -> None:
+        """After each step: at most one slice of a batch for every 128 frames stepped, and only if levels run low."""
+        before, self.frames = self.frames, self.frames + self.num_envs
+        for _ in range(self.frames // 128 - before // 128):
+            if len(self.boards) - self.head < max(64, 2 * self.num_envs):
+                self._advance()
+
+    def _advance(self) -> None:
+        if self.work is None:  # a batch follows from its seed and number, so a restored pool replays its slices
+            self.work = _generate(self.xp, self.device, *self.settings, (self.seed, self.batch), solve=False)
+            for _ in range(self.slices):
+                next(self.work)
+        try:
+            next(self.work)
+            self.slices += 1
+        except StopIteration as stop:
+            start = max(0, self.head - 1024)  # some that were handed out stay, to be repeated if need be
+            self.boards = self.xp.concatenate([self.boards[start:], stop.value[0]])
+            self.head, self.serial = self.head - start, self.serial + start
+            self.batch, self.slices, self.work = self.batch + 1, 0, None
+
+    def get_state(self) -> dict[str, Any]:
+        counters = {name: getattr(self, name) for name in self._COUNTERS}
+        return {
+            "boards": _to_torch(self.xp.asarray(self.boards, copy=True)),
+            "random": self.rng.get_state(),
+            **counters,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.boards, self.work = _copy_to(self.xp, self.device, state["boards"]), None
+        self.rng.set_state(state["random"])
+        for name in self._COUNTERS:
+            setattr(self, name, state[name])
+
+
+def generate_levels(
+    num_levels: int,
+    *,
+    size: int | tuple[int, int] = 10,
+    num_boxes: int = 4,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> tuple[torch.Tensor, list[str]]:
+    """Make levels, all different, each with a solution.
+
+    Another seed gives other levels (on the smallest boards chance repeats some: `exclude_levels`). A seed gives the same
+    levels on every CPU; a GPU draws others.
+
+    Returns:
+        levels (L, H, W), uint8 on `device`, and a LURD solution of each (udlr moves, UDLR pushes).
+
+    Raises:
+        ValueError: a size or number of boxes that can't be generated, or fewer different levels exist than asked for.
+    """
+    height, width = _check_size(size)
+    _check_generator(height, width, num_boxes)
+    device = _check_device(device)
+    xp, found, batch, fruitful = np if device.type == "cpu" else torch, {}, 0, 0
+    while len(found) < num_levels:
+        if batch - fruitful > 20:
+            what = f"{height}x{width} levels with {num_boxes} boxes"
+            raise ValueError(f"found only {len(found)} different {what}, asked for {num_levels}")
+        work = _generate(xp, str(device), height, width, num_boxes, (seed, batch), solve=True)
+        batch, before = batch + 1, len(found)
+        while True:
+            try:
+                next(work)
+            except StopIteration as stop:
+                for board, solution in zip(_to_numpy(stop.value[0]), stop.value[1], strict=True):
+                    found.setdefault(board.tobytes(), (board, solution))
+                break
+        fruitful = batch if len(found) > before else fruitful
+    boards, solutions = zip(*list(found.values())[:num_levels], strict=True) if num_levels else ((), ())
+    return torch.tensor(np.array(boards, dtype=np.uint8).reshape(-1, height, width), device=device), list(solutions)
+
+
+# ------------------------------------------------------------------------------------------------------- environments
+
+
+class SokobanVectorEnv(gym.vector.VectorEnv):
+    """`num_envs` games of Sokoban in lockstep, with same-step autoreset.
+
+    Args:
+        num_envs: `N`.
+        size: board size, an int or (height, width).
+        num_boxes: boxes of each generated level; levels that are handed in may have any number.
+        max_episode_steps: steps after which an unsolved episode is truncated; None for no limit.
+        levels: levels (L, H, W), or a list of boards or texts, of which each episode draws one at random; smaller boards
+            are padded with wall. None: fresh levels for ever, from the generator.
+        observation: `cells` (H, W), `tiny_rgb` (H, W, 3) or `rgb` (8H, 8W, 3), all uint8.
+        device: where the state lives and what is returned is: "cpu", "cuda", "cuda:1".
+        frame_stack: above 1, an observation is the last frames (frame_stack, ...), oldest first; a reset fills it.
+        render_mode: `rgb_array` or `ansi`.
+        copy: False returns a view of the environment's own observation buffer, which the next `step`, `reset` or
+            `set_state` overwrites. (Stacked frames, rewards, flags and info are the caller's own in either case.)
+        backend: "numpy" or "torch"; None takes numpy on the CPU and torch elsewhere.
+
+    `step` returns tensors on `device`: observation (N, ...), reward (N,) float32, terminated (N,) and truncated (N,) bool
+    (a level solved in its last step is terminated, not truncated), and info. When episodes end, info holds
+    - `final_obs` (finished environments, ...): their last observations, in the order of the mask `_final_obs` (N,);
+    - `final_info`: a dict of (N,) tensors, each with its mask `_...` (N,): `success`, `boxes_on_target`, `level` (index in
+      `levels`, serial number of a generated level, or -1), and `episode`, a dict of `r` (return) and `l` (length).
+    With generated levels, info["level_repeats"] is the share of levels so far that had been handed out before.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 8, "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        num_envs: int,
+        *,
+        size: int | tuple[int, int] = 10,
+        num_boxes: int = 4,
+        max_episode_steps: int | None = 120,
+        levels: Any = None,
+        observation: str = "cells",
+        device: str | torch.device = "cpu",
+        frame_stack: int = 1,
+        render_mode: str | None = None,
+        copy: bool = True,
+        backend: str | None = None,
+    ):
+        self.height, self.width = height, width = _check_size(size)
+        _check_observation(observation)
+        self.device = _check_device(device)
+        steps = 1 if max_episode_steps is None else max_episode_steps
+        for name, value in (("num_envs", num_envs), ("max_episode_steps", steps), ("frame_stack", frame_stack)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, must be at least 1")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"unknown render_mode {render_mode!r}, choose one of {self.metadata['render_modes']}")
+        if backend not in (None, "torch", *["numpy"] * (self.device.type == "cpu")):
+            raise ValueError(f"unknown backend {backend!r} for {self.device}: numpy (on the CPU only) or torch")
+        self._xp = xp = np if self.device.type == "cpu" and backend != "torch" else torch
+        self._on = {"device": str(self.device)}
+        if levels is None:
+            _check_generator(height, width, num_boxes)
+        else:
+            levels = self._own(_pad_levels(levels, (height, width), "levels"))
+        self.num_envs, self.observation, self.render_mode, self.copy = num_envs, observation, render_mode, copy
+        self.max_episode_steps = max_episode_steps or math.inf
+        self._pool = _Pool(xp, str(self.device), (height, width, num_boxes), levels, num_envs)
+
+        s = {"cells": 0, "tiny_rgb": 1, "rgb": 8}[observation]  # pixels a cell
+        frame = (s * height, s * width, 3) if s else (height, width)
+        stack = (frame_stack,) if frame_stack > 1 else ()
+        self.single_observation_space = gym.spaces.Box(0, 255 if s else 6, stack + frame, dtype=np.uint8)
+        self.single_action_space = gym.spaces.Discrete(5)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+        self._next_cells, self._moved, self._gain, self._reward = map(self._own, (_NEXT_CELLS, _MOVED, _GAIN, _REWARD))
+        ahead = np.array([0, -width, width, -1, 1])
+        self._offsets = self._own(np.concatenate([0 * ahead, ahead, 2 * ahead]))  # (3 * 5,)
+        self._fives, self._cases = self._own(np.array([[[0], [5], [10]], [[0], [98], [196]]]))
+        self._flat = xp.zeros(num_envs * height * width + width, dtype=xp.uint8, **self._on)
+        self._board = self._flat[:-width].reshape(num_envs, height, width)  # (N, H, W), a view
+        self._rows = xp.arange(num_envs, **self._on)
+        self._player, self._loose, self._loose_at_start, self._steps, self._level = (
+            xp.zeros(num_envs, dtype=xp.int64, **self._on) for _ in range(5)
+        )  # (N,) each: position, boxes off target now and at the start, steps, number of the level
+        self._image = xp.zeros((num_envs, height, s, width, s, 3), dtype=xp.uint8, **self._on) if s else None
+        self._blocks = self._own(_BLOCKS[observation]) if s else None  # (7, s, s, 3)
+        self._frame = (
+            self._image.reshape(num_envs, *frame) if s else self._board
+        )  # one frame, always up to date; a view
+        self._past = [xp.zeros_like(self._frame) for _ in range(*stack)] if stack else []  # oldest first
+        self._started = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[torch.Tensor, dict]:
+        """Start an episode in every environment.
+
+        Args:
+            seed: restarts the random generator and the endless levels; the same seed gives the same levels.
+            options: {"levels": N boards or texts} or {"level_indices": N indices into the environment's `levels`}: what to
+                start from. Autoreset draws as ever.
+        """
+        super().reset(seed=seed)
+        if seed is not None or not self._started:
+            self._pool.restart(int(self.np_random.integers(2**62)) if seed is None else seed)
+        options = options or {}
+        if unknown := set(options) - {"levels", "level_indices"}:
+            raise ValueError(f"unknown reset options {sorted(unknown)}, known are levels and level_indices")
+        if "levels" in options:
+            boards, number = self._own(_pad_levels(options["levels"], (self.height, self.width), "options levels")), -1
+        elif "level_indices" in options:
+            number = self._own(options["level_indices"])
+            if self._pool.endless or ((number < 0) | (number >= len(self._pool.boards))).any():
+                raise ValueError("level_indices must point into the `levels` that the environment was made with")
+            boards = self._pool.boards[number]
+        else:
+            self._pool.fill() if self._pool.endless else None
+            boards, number = self._pool.draw(self.num_envs)
+        if len(boards) != self.num_envs:
+            raise ValueError(f"reset options hold {len(boards)} levels for {self.num_envs} environments")
+        self._place(self._rows, boards, number)
+        self._started = True
+        return self._observe(), self._pool_info()
+
+    def step(self, actions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Move in every environment; those whose episode ends start the next level at once (see the class)."""
+        reward, terminated, truncated = self._move(actions)
+        done = terminated | truncated
+        info: dict[str, Any] = {}
+        finished = self._xp.where(done)[0]  # on a GPU, the one place where a step waits for the device
+        if len(finished):
+            info = self._final_info(finished, done, terminated)
+            self._place(finished, *self._pool.draw(len(finished)))
+        if self._pool.endless:
+            self._pool.refill()
+            info |= self._pool_info()
+        return self._observe(), _to_torch(reward), _to_torch(terminated), _to_torch(truncated), info
+
+    def _move(self, actions: Any) -> tuple[Any, Any, Any]:
+        """The rules, for all environments at once: reward, terminated, truncated, (N,) each; boards change in place."""
+        xp = self._xp
+        actions = self._check_actions(actions)
+        at = self._player + self._offsets.take(
+            actions + self._fives
+        )  # (3, N): the player, the cell ahead, the one behind
+        cells = self._flat[at]
+        case = xp.asarray(
+            (cells[0] - PLAYER) * 49 + cells[1] * 7 + cells[2], dtype=xp.int64
+        )  # `_rule`'s line in `_CASES`
+        cells = self._next_cells.take(case + self._cases)
+        self._flat[at] = cells
+        self._player = xp.where(self._moved[case], at[1], at[0])
+        gain, reward = self._gain[case], self._reward[case]
+        self._loose -= gain
+        self._steps += 1
+        terminated = self._loose == 0
+        reward = xp.where(terminated & (gain > 0), reward + SOLVED_REWARD, reward)
+        truncated = (self._steps >= self.max_episode_steps) & ~terminated
+        if self._image is not None:
+            # The three cells' pixels. A cell behind the border is, modulo H and W, another border cell: wall on wall.
+            y, x = at // self.width % self.height, at % self.width
+            self._image[self._rows, y, :, x] = self._blocks[xp.asarray(cells, dtype=xp.int64)]
+        if self._past:
+            self._past.append(self._past.pop(0))
+            self._past[-1][:] = self._frame
+        return reward, terminated, truncated
+
+    def _check_actions(self, actions: Any) -> Any:
+        if not self._started:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        xp = self._xp
+        actions = np.asarray(actions) if xp is np else torch.as_tensor(actions, device=self.device)
+        if actions.shape != (self.num_envs,) or actions.dtype in (xp.float32, xp.float64, xp.bool):
+            raise ValueError(f"actions must be {self.num_envs} integers, got {actions.dtype} {tuple(actions.shape)}")
+        wrong = (actions < 0) | (actions > RIGHT)
+        if self.device.type != "cpu":
+            torch._assert_async(
+                ~wrong.any(), "an action is out of range, actions are 0 to 4"
+            )  # without waiting for the GPU
+        elif wrong.any():
+            i = int(xp.where(wrong)[0][0])
+            raise ValueError(f"action {int(actions[i])} of environment {i} is out of range, actions are 0 to 4")
+        return actions
+
+    def _place(self, rows: Any, boards: Any, number: Any) -> None:
+        """Put boards (len(rows), H, W) into environments `rows`, as new episodes."""
+        xp = self._xp
+        flat = boards.reshape(len(boards), -1)
+        loose = (flat == BOX).sum(1)
+        self._board[rows] = boards
+        self._player[rows] = rows * flat.shape[1] + xp.asarray(flat >= PLAYER, dtype=xp.uint8).argmax(1)
+        self._loose[rows] = self._loose_at_start[rows] = loose
+        self._steps[rows] = 0
+        self._level[rows] = number
+        if self._image is not None:
+            self._image[rows] = xp.moveaxis(self._blocks[xp.asarray(boards, dtype=xp.int64)], 3, 2)
+        for past in self._past:
+            past[rows] = self._frame[rows]
+
+    def _observe(self) -> torch.Tensor:
+        if self._past:
+            return _to_torch(self._xp.stack(self._past, 1))
+        return _to_torch(self._xp.asarray(self._frame, copy=True) if self.copy else self._frame)
+
+    def _final_info(self, finished: Any, done: Any, terminated: Any) -> dict[str, Any]:
+        """What gymnasium's same-step autoreset reports of the episodes that have just ended."""
+        xp = self._xp
+        last = xp.stack([past[finished] for past in self._past], 1) if self._past else self._frame[finished]
+        boxes = xp.zeros_like(self._loose)
+        boxes[finished] = (self._board[finished] == BOX_ON_TARGET).sum((1, 2))
+        total = (
+            STEP_REWARD * self._steps + BOX_REWARD * (self._loose_at_start - self._loose) + SOLVED_REWARD * terminated
+        )
+        episode = {"r": xp.asarray(xp.where(done, total, 0.0), dtype=xp.float32), "l": xp.where(done, self._steps, 0)}
+        level = xp.where(done, self._level, 0)
+
+        def masked(values: dict[str, Any]) -> dict[str, Any]:
+            masks = {f"_{name}": xp.asarray(done, copy=True) for name in values}
+            return {name: _to_torch(value) for name, value in (values | masks).items()}
+
+        success = xp.asarray(terminated, copy=True)
+        values = {"success": success, "boxes_on_target": boxes, "level": level, "episode": masked(episode)}
+        return masked({"final_obs": last, "final_info": masked(values)})
+
+    def _pool_info(self) -> dict[str, Any]:
+        return {"level_repeats": self._pool.repeated / max(1, self._pool.drawn)} if self._pool.endless else {}
+
+    def _own(self, array: Any) -> Any:
+        return _copy_to(self._xp, str(self.device), array)
+
+    def get_state(self, *, pool: bool = True) -> dict[str, Any]:
+        """A copy of all that the future depends on: tensors, numbers and strings, fit for torch.save.
+
+        `cells` (N, H, W); `steps`, `loose_at_start` (boxes off target), `level`, (N,) each; `frames` (N, frame_stack, ...)
+        if stacked; and, unless `pool=False`, `pool`: the levels, the random generator, and how far the next are made.
+        """
+        names = {
+            "cells": self._board,
+            "steps": self._steps,
+            "loose_at_start": self._loose_at_start,
+            "level": self._level,
+        }
+        state: dict[str, Any] = {name: _to_torch(self._own(array)) for name, array in names.items()}
+        if self._past:
+            state["frames"] = self._observe()
+        return state | ({"pool": self._pool.get_state()} if pool else {})
+
+    def set_state(self, state: dict[str, Any]) -> torch.Tensor:
+        """Go to a state of `get_state`, and return its observation.
+
+        Only `cells` must be there: a planner that sets boards, solved ones too, gets fresh counters and keeps the pool.
+
+        Raises:
+            ValueError: boards of another number or size, or (on the CPU) on which the rules don't hold.
+        """
+        cells = state["cells"]
+        if tuple(cells.shape) != tuple(self._board.shape):
+            raise ValueError(f"state['cells'] is {tuple(cells.shape)}, this environment's {tuple(self._board.shape)}")
+        if self.device.type == "cpu":
+            _check_boards(_to_numpy(cells), "state['cells']", unsolved=False)
+        self._place(self._rows, self._own(cells), -1)
+        for name, array in {"steps": self._steps, "loose_at_start": self._loose_at_start, "level": self._level}.items():
+            if name in state:
+                array[:] = self._own(state[name])
+        for i, past in enumerate(self._past):
+            past[:] = self._own(state["frames"][:, i]) if "frames" in state else past
+        if "pool" in state:
+            self._pool.set_state(state["pool"])
+        self._started = True
+        return self._observe()
+
+    def render(self) -> tuple[Any, ...] | None:
+        """One picture (8H, 8W, 3) or text for each environment, by `render_mode`."""
+        boards = _to_numpy(self._board)
+        if self.render_mode == "ansi":
+            return tuple(map(cells_to_text, boards))
+        return tuple(convert_observation(boards, "cells", "rgb")) if self.render_mode == "rgb_array" else None
+
+
+class SokobanEnv(gym.Env):
+    """One game of Sokoban, numpy in and out: the arguments and rules of `SokobanVectorEnv`, without autoreset.
+
+    info holds `success`, `boxes_on_target`, `level` and, with generated levels, `level_repeats`; `reset` takes options
+    {"level": board or text} or {"level_index": int}.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 8}
+
+    def __init__(self, *, render_mode: str | None = None, **kwargs: Any):
+        self._env = SokobanVectorEnv(1, render_mode=render_mode, **kwargs)
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = self._env.single_observation_space, self._env.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        plural = {"level": "levels", "level_index": "level_indices"}
+        observation, _ = self._env.reset(seed=seed, options={plural.get(k, k): [v] for k, v in (options or {}).items()})
+        return observation[0].numpy(), self._info(False)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        env = self._env
+        reward, terminated, truncated = env._move([action])
+        if env._pool.endless:
+            env._pool.refill()
+        info = self._info(bool(terminated[0]))
+        return env._observe()[0].numpy(), float(reward[0]), info["success"], bool(truncated[0]), info
+
+    def _info(self, success: bool) -> dict[str, Any]:
+        boxes = int((self._env._flat == BOX_ON_TARGET).sum())
+        return {
+            "success": success,
+            "boxes_on_target": boxes,
+            "level": int(self._env._level[0]),
+            **self._env._pool_info(),
+        }
+
+    def get_state(self, *, pool: bool = True) -> dict[str, Any]:
+        return self._env.get_state(pool=pool)
+
+    def set_state(self, state: dict[str, Any]) -> np.ndarray:
+        return self._env.set_state(state)[0].numpy()
+
+    def render(self) -> np.ndarray | str | None:
+        frames = self._env.render()
+        return frames and frames[0]
+
+
+def _make_single(**kwargs: Any) -> SokobanEnv:
+    """gymnasium.make's entry point: there the TimeLimit wrapper keeps the step limit, so that its argument counts."""
+    return SokobanEnv(**{"max_episode_steps": None} | kwargs)
+
+
+gym.register(
+    "Sokoban-v0",
+    entry_point="sokoban_env:_make_single",
+    vector_entry_point="sokoban_env:SokobanVectorEnv",
+    max_episode_steps=120,
+)
