@@ -340,9 +340,9 @@ _SAME_BOX, _SAME_DIRECTION, _AWAY = 6.0, 4.0, 6.0
 
 
 def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any, Any]:
-    """The cells reached from `start` in `rounds` moves over `free` ones, and each cell's distance (`rounds` if farther).
+    """The cells reached from `start` in `rounds` moves over `free` ones, and each cell's distance (at most `rounds`).
 
-    `free` is flat and False on every border, so that moves never leave a board.
+    All flat. `free` is False on every border, so that moves never leave a board.
     """
     reached = xp.zeros_like(free)
     reached[start] = True
@@ -363,16 +363,15 @@ def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any
     return reached, distance
 
 
-def _generate(
-    xp: Any, device: str, height: int, width: int, num_boxes: int, seed: tuple[int, ...], solve: bool
-) -> Iterator[None]:
-    """Make one batch of levels in small slices of work: yields between them, returns (boards (L, H, W), solutions).
+def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[int, int], solve: bool) -> Iterator:
+    """Make one batch of levels in small slices of work: yields None after each, and in the end (boards, solutions).
 
     The paper's appendix: (1) a random walk carves the room, (2) targets and the player fall on random floor cells,
-    (3) the level is played backwards from its solution, pulling boxes, and keeps the position with the best (box swaps) x
-    (displacement of the boxes from their targets), (4) the player starts on any cell it can then reach. Here a batch of
-    rooms is played at once, a pull a round, each drawn at random among all that are possible.
+    (3) the level is played backwards from its solution, pulling boxes, and the position with the best (box swaps) ×
+    (displacement of the boxes from their targets) is kept, (4) the player starts on any cell it can then reach. Here a
+    batch of rooms is played at once, a pull a round, each drawn at random among all that are possible.
     """
+    height, width, num_boxes = settings
     cells = height * width
     num, like = max(64, 2**17 // cells), {"device": device}
     rng = _Random(xp, device, *seed)
@@ -384,11 +383,11 @@ def _generate(
     around = xp.asarray([dy * width + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], **like)[:, None]  # (9, 1)
     carve = xp.asarray([[row[i] == "#" for row in _CARVE] for i in range(9)], **like)  # (9, 5)
     y, x = 1 + rng.integers(height - 2, num), 1 + rng.integers(width - 2, num)
-    heading = rng.integers(4, num)
+    heading, dy, dx = rng.integers(4, num), xp.asarray([-1, 1, 0, 0], **like), xp.asarray([0, 0, -1, 1], **like)
     for _ in range(int(_WALK_STEPS * (height + width))):
         heading = xp.where(rng.uniform(num) < _TURN, rng.integers(4, num), heading)
-        y = xp.clip(y + xp.asarray([-1, 1, 0, 0], **like)[heading], 1, height - 2)
-        x = xp.clip(x + xp.asarray([0, 0, -1, 1], **like)[heading], 1, width - 2)
+        y = xp.clip(y + dy[heading], 1, height - 2)
+        x = xp.clip(x + dx[heading], 1, width - 2)
         at = board + y * width + x + around  # (9, B)
         floor[at] |= carve[:, rng.integers(len(_CARVE), num)]
     room = floor[: num * cells].reshape(num, height, width)
@@ -450,7 +449,7 @@ def _generate(
         pulls.append((new, stride))
         yield
 
-    # (4) The player starts anywhere in its region. Levels that left no box on a target are kept, once each.
+    # (4) The player starts anywhere in its region. The levels in which no box stayed on a target are kept.
     free = xp.asarray(floor, copy=True)
     free[best_box] = False
     reached, _ = _flood(xp, free, best_player, width, rounds)
@@ -461,12 +460,13 @@ def _generate(
     level[start] = PLAYER + xp.asarray(is_target[start], dtype=xp.uint8)
     kept = xp.where(best > 0)[0]
     levels = level[: num * cells].reshape(num, height, width)[kept]
-    yield
     if not solve:
-        return levels, None
+        yield levels, None
+        return
 
     # The solution: the pulls up to the best round, reversed; the player walks from push to push.
     player, on_target, active = start, xp.zeros_like(best), best > 0
+    walk_letters, push_letters = (xp.asarray([*text], dtype=xp.uint8, **like) for text in (b"udlr", b"UDLR"))
     letters = []  # each (B,) uint8, an ASCII code or 0
     for i in reversed(range(num_pulls)):
         new, stride = pulls[i]
@@ -481,23 +481,24 @@ def _generate(
                 break
             heading = xp.asarray(closer, dtype=xp.uint8).argmax(0)
             player = xp.where(walking, near[heading, rows], player)
-            letters.append(xp.where(walking, xp.asarray([*b"udlr"], dtype=xp.uint8, **like)[heading], 0))
+            letters.append(xp.where(walking, walk_letters[heading], 0))
         free[xp.where(pushing, new, -1)] = True  # -1 is a spare cell
         free[xp.where(pushing, new - stride, -1)] = False
         free[-1] = False
         player = xp.where(pushing, new, player)
         push = xp.asarray(step[:, None] == -stride, dtype=xp.uint8).argmax(0)
-        letters.append(xp.where(pushing, xp.asarray([*b"UDLR"], dtype=xp.uint8, **like)[push], 0))
-        on_target += is_target[new - stride] * pushing - is_target[new] * xp.asarray(pushing, dtype=xp.int64)
+        letters.append(xp.where(pushing, push_letters[push], 0))
+        on_target += pushing & is_target[new - stride]
+        on_target -= xp.asarray(pushing & is_target[new], dtype=xp.int64)
         active = active & (on_target < num_boxes)  # reverse play may have passed through a solved board
-        yield
     text = _to_numpy(xp.stack(letters, 1)[kept])
-    return levels, [row[row > 0].tobytes().decode() for row in text]
+    yield levels, [row[row > 0].tobytes().decode() for row in text]
 
 
 class _Pool:
     """Where an environment's levels come from: a fixed set, drawn at random, or the generator, each level once."""
 
+    # boards[head:] are fresh, boards[0] was the `serial`-th made; `slices` of batch number `batch` are done
     _COUNTERS = ("head", "serial", "seed", "batch", "slices", "frames", "drawn", "repeated")
 
     def __init__(self, xp: Any, device: str, settings: tuple[int, int, int], levels: Any, num_envs: int):
@@ -508,11 +509,8 @@ class _Pool:
 
     def restart(self, seed: int) -> None:
         self.rng, self.work = _Random(self.xp, self.device, seed), None
-        if self.endless:
-            self.boards = self.boards[:0]
-        # boards[head:] are fresh, boards[0] was the `serial`-th made; `slices` of batch `batch` are done
-        for name in self._COUNTERS:
-            setattr(self, name, seed if name == "seed" else 0)
+        self.boards = self.boards[:0] if self.endless else self.boards
+        vars(self).update(dict.fromkeys(self._COUNTERS, 0), seed=seed)
 
     def draw(self, num: int) -> tuple[Any, Any]:
         """`num` boards (num, H, W) and their numbers (num,)."""
@@ -537,31 +535,27 @@ class _Pool:
 
     def _advance(self) -> None:
         if self.work is None:  # a batch follows from its seed and number, so a restored pool replays its slices
-            self.work = _generate(self.xp, self.device, *self.settings, (self.seed, self.batch), solve=False)
+            self.work = _generate(self.xp, self.device, self.settings, (self.seed, self.batch), solve=False)
             for _ in range(self.slices):
                 next(self.work)
-        try:
-            next(self.work)
-            self.slices += 1
-        except StopIteration as stop:
+        batch = next(self.work)
+        self.slices += 1
+        if batch is not None:
             start = max(0, self.head - 1024)  # some that were handed out stay, to be repeated if need be
-            self.boards = self.xp.concatenate([self.boards[start:], stop.value[0]])
+            self.boards = self.xp.concatenate([self.boards[start:], batch[0]])
             self.head, self.serial = self.head - start, self.serial + start
             self.batch, self.slices, self.work = self.batch + 1, 0, None
 
     def get_state(self) -> dict[str, Any]:
-        counters = {name: getattr(self, name) for name in self._COUNTERS}
-        return {
-            "boards": _to_torch(self.xp.asarray(self.boards, copy=True)),
-            "random": self.rng.get_state(),
-            **counters,
+        boards = _to_torch(_copy_to(self.xp, self.device, self.boards))
+        return {"boards": boards, "random": self.rng.get_state()} | {
+            name: getattr(self, name) for name in self._COUNTERS
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.boards, self.work = _copy_to(self.xp, self.device, state["boards"]), None
         self.rng.set_state(state["random"])
-        for name in self._COUNTERS:
-            setattr(self, name, state[name])
+        vars(self).update({name: state[name] for name in self._COUNTERS})
 
 
 def generate_levels(
@@ -574,8 +568,8 @@ def generate_levels(
 ) -> tuple[torch.Tensor, list[str]]:
     """Make levels, all different, each with a solution.
 
-    Another seed gives other levels (on the smallest boards chance repeats some: `exclude_levels`). A seed gives the same
-    levels on every CPU; a GPU draws others.
+    Another seed gives other levels (on the smallest boards chance repeats some: `exclude_levels`). A seed gives the
+    same levels on every CPU; a GPU draws others.
 
     Returns:
         levels (L, H, W), uint8 on `device`, and a LURD solution of each (udlr moves, UDLR pushes).
@@ -586,23 +580,19 @@ def generate_levels(
     height, width = _check_size(size)
     _check_generator(height, width, num_boxes)
     device = _check_device(device)
-    xp, found, batch, fruitful = np if device.type == "cpu" else torch, {}, 0, 0
+    found: dict[bytes, tuple[np.ndarray, str]] = {}
+    batch = barren = 0
     while len(found) < num_levels:
-        if batch - fruitful > 20:
+        xp, before = np if device.type == "cpu" else torch, len(found)
+        *_, (boards, solutions) = _generate(xp, str(device), (height, width, num_boxes), (seed, batch), solve=True)
+        found |= {board.tobytes(): (board, text) for board, text in zip(_to_numpy(boards), solutions, strict=True)}
+        batch, barren = batch + 1, barren + 1 if len(found) == before else 0
+        if barren == 20:
             what = f"{height}x{width} levels with {num_boxes} boxes"
-            raise ValueError(f"found only {len(found)} different {what}, asked for {num_levels}")
-        work = _generate(xp, str(device), height, width, num_boxes, (seed, batch), solve=True)
-        batch, before = batch + 1, len(found)
-        while True:
-            try:
-                next(work)
-            except StopIteration as stop:
-                for board, solution in zip(_to_numpy(stop.value[0]), stop.value[1], strict=True):
-                    found.setdefault(board.tobytes(), (board, solution))
-                break
-        fruitful = batch if len(found) > before else fruitful
-    boards, solutions = zip(*list(found.values())[:num_levels], strict=True) if num_levels else ((), ())
-    return torch.tensor(np.array(boards, dtype=np.uint8).reshape(-1, height, width), device=device), list(solutions)
+            raise ValueError(f"found only {before} different {what}, asked for {num_levels}")
+    chosen = list(found.values())[:num_levels]
+    stacked = np.array([board for board, _ in chosen], dtype=np.uint8).reshape(-1, height, width)
+    return torch.tensor(stacked, device=device), [text for _, text in chosen]
 
 
 # ------------------------------------------------------------------------------------------------------- environments
@@ -616,8 +606,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         size: board size, an int or (height, width).
         num_boxes: boxes of each generated level; levels that are handed in may have any number.
         max_episode_steps: steps after which an unsolved episode is truncated; None for no limit.
-        levels: levels (L, H, W), or a list of boards or texts, of which each episode draws one at random; smaller boards
-            are padded with wall. None: fresh levels for ever, from the generator.
+        levels: levels (L, H, W), or a list of boards or texts, of which each episode draws one at random; smaller
+            boards are padded with wall. None: fresh levels for ever, from the generator.
         observation: `cells` (H, W), `tiny_rgb` (H, W, 3) or `rgb` (8H, 8W, 3), all uint8.
         device: where the state lives and what is returned is: "cpu", "cuda", "cuda:1".
         frame_stack: above 1, an observation is the last frames (frame_stack, ...), oldest first; a reset fills it.
@@ -626,11 +616,11 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             `set_state` overwrites. (Stacked frames, rewards, flags and info are the caller's own in either case.)
         backend: "numpy" or "torch"; None takes numpy on the CPU and torch elsewhere.
 
-    `step` returns tensors on `device`: observation (N, ...), reward (N,) float32, terminated (N,) and truncated (N,) bool
-    (a level solved in its last step is terminated, not truncated), and info. When episodes end, info holds
+    `step` returns tensors on `device`: observation (N, ...), reward (N,) float32, terminated (N,) and truncated (N,)
+    bool (a level solved in its last step is terminated, not truncated), and info. When episodes end, info holds
     - `final_obs` (finished environments, ...): their last observations, in the order of the mask `_final_obs` (N,);
-    - `final_info`: a dict of (N,) tensors, each with its mask `_...` (N,): `success`, `boxes_on_target`, `level` (index in
-      `levels`, serial number of a generated level, or -1), and `episode`, a dict of `r` (return) and `l` (length).
+    - `final_info`: a dict of (N,) tensors, each with its mask `_...` (N,): `success`, `boxes_on_target`, `level` (index
+      in `levels`, serial number of a generated one, or -1), and `episode`, a dict of `r` (return) and `l` (length).
     With generated levels, info["level_repeats"] is the share of levels so far that had been handed out before.
     """
 
@@ -703,8 +693,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
 
         Args:
             seed: restarts the random generator and the endless levels; the same seed gives the same levels.
-            options: {"levels": N boards or texts} or {"level_indices": N indices into the environment's `levels`}: what to
-                start from. Autoreset draws as ever.
+            options: what to start from, {"levels": N boards or texts} or {"level_indices": N indices into the
+                environment's `levels`}. Autoreset draws as ever.
         """
         super().reset(seed=seed)
         if seed is not None or not self._started:
@@ -837,8 +827,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def get_state(self, *, pool: bool = True) -> dict[str, Any]:
         """A copy of all that the future depends on: tensors, numbers and strings, fit for torch.save.
 
-        `cells` (N, H, W); `steps`, `loose_at_start` (boxes off target), `level`, (N,) each; `frames` (N, frame_stack, ...)
-        if stacked; and, unless `pool=False`, `pool`: the levels, the random generator, and how far the next are made.
+        `cells` (N, H, W); `steps`, `loose_at_start` (boxes off target), `level`, (N,) each; `frames` (N, frame_stack,
+        ...) if stacked; and, unless `pool=False`, `pool`: levels, random generator, how far the next ones are made.
         """
         names = {
             "cells": self._board,
