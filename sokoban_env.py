@@ -33,6 +33,7 @@ from gymnasium.vector import AutoresetMode
 
 WALL, FLOOR, TARGET, BOX, BOX_ON_TARGET, PLAYER, PLAYER_ON_TARGET = range(7)
 CELL_CHARS = "# .$*@+"  # XSB's character for each cell value
+_CELL_OF_CHAR = {ord(char): cell for cell, char in enumerate(CELL_CHARS)}
 NOOP, UP, DOWN, LEFT, RIGHT = range(5)
 STEP_REWARD, BOX_REWARD, SOLVED_REWARD = -0.1, 1.0, 10.0
 MAX_SIZE = 64
@@ -140,39 +141,40 @@ def text_to_cells(text: str) -> np.ndarray:
 
 
 def _parse_levels(text: str, name: str) -> list[np.ndarray]:
-    """Every level of a Boxoban or XSB text; `name` stands before the line number in errors."""
-    boards, rows = [], []
+    """Every level of a Boxoban or XSB text as a board of its own size; `name` stands before the line in errors."""
+    levels, places, rows = [], [], []
     for number, line in enumerate([*text.splitlines(), ""], start=1):
         row = line.rstrip().replace("-", " ").replace("_", " ")
-        body = row.lstrip()
-        if body.startswith("#") or (body and set(body) <= set(CELL_CHARS)):
-            for column, char in enumerate(row, start=1):
-                if char not in CELL_CHARS:
-                    place = f"{name}:{number}:{column}"
-                    raise ValueError(f"{place}: unknown character {char!r}, a level is written in {CELL_CHARS!r}")
-            rows.append([CELL_CHARS.index(char) for char in row])
+        known = set(row) <= set(CELL_CHARS)
+        if row.lstrip().startswith("#") or (row and known):
+            if not known:
+                column, char = next((i, char) for i, char in enumerate(row, start=1) if char not in CELL_CHARS)
+                place = f"{name}:{number}:{column}"
+                raise ValueError(f"{place}: unknown character {char!r}, a level is written in {CELL_CHARS!r}")
+            rows.append(row)
         elif rows:  # a blank line, a comment or a title ends the level
-            boards.append(_close_level(rows, f"{name}:{number - len(rows)}"))
+            levels.append(rows)
+            places.append(f"{name}:{number - len(rows)}")
             rows = []
-    return boards
-
-
-def _close_level(rows: list[list[int]], place: str) -> np.ndarray:
-    """Ragged rows to a board (H, W) on which the floor outside the walls has become wall."""
-    board = np.full((len(rows) + 2, max(map(len, rows)) + 2), FLOOR, dtype=np.uint8)  # with a rim of outside
-    for y, row in enumerate(rows, start=1):
-        board[y, 1 : len(row) + 1] = row
-    outside, grown = np.zeros_like(board, dtype=bool), board < 0
-    grown[0, 0] = True
+    if not levels:
+        return []
+    shapes = [(len(rows), max(map(len, rows))) for rows in levels]
+    height, width = (max(axis) for axis in zip(*shapes, strict=True))
+    lines = [line.ljust(width) for rows in levels for line in rows + [""] * (height - len(rows))]
+    values = np.frombuffer("".join(lines).translate(_CELL_OF_CHAR).encode(), dtype=np.uint8)
+    boards = np.full((len(levels), height + 2, width + 2), FLOOR, dtype=np.uint8)  # with a rim of outside around each
+    boards[:, 1:-1, 1:-1] = values.reshape(len(levels), height, width)
+    outside, grown = np.zeros(boards.shape, dtype=bool), boards < 0
+    grown[:, 0, 0] = True
     while (grown != outside).any():
         outside = grown.copy()
-        for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
-            grown |= np.roll(outside, shift, axis) & (board != WALL)
-    if (board[outside] != FLOOR).any():
-        raise ValueError(f"{place}: the level is not closed, a wall is missing between its inside and the outside")
-    board[outside] = WALL
-    _check_boards(board[None], place)
-    return board[1:-1, 1:-1]
+        for axis, shift in ((1, 1), (1, -1), (2, 1), (2, -1)):
+            grown |= np.roll(outside, shift, axis) & (boards != WALL)
+    for i in np.flatnonzero((outside & (boards != FLOOR)).any((1, 2)))[:1]:
+        raise ValueError(f"{places[i]}: the level is not closed, a wall between its inside and the outside is missing")
+    boards[outside] = WALL
+    _check_boards(boards, places)
+    return [board[1 : 1 + h, 1 : 1 + w] for board, (h, w) in zip(boards, shapes, strict=True)]
 
 
 def _pad_levels(boards: Any, size: tuple[int, int] | None, name: str) -> np.ndarray:
@@ -191,8 +193,8 @@ def _pad_levels(boards: Any, size: tuple[int, int] | None, name: str) -> np.ndar
     return padded
 
 
-def _check_boards(boards: np.ndarray, name: str, *, unsolved: bool = True) -> None:
-    """Refuse boards (L, H, W) on which the rules would not hold."""
+def _check_boards(boards: np.ndarray, name: str | list[str], *, unsolved: bool = True) -> None:
+    """Refuse boards (L, H, W) on which the rules would not hold; `name` says where they come from, all or each."""
     if len(boards) == 0:
         raise ValueError(f"{name}: no levels")
     flat = boards.reshape(len(boards), -1)
@@ -210,7 +212,8 @@ def _check_boards(boards: np.ndarray, name: str, *, unsolved: bool = True) -> No
         if wrong.any():
             i = int(wrong.argmax())
             message = message.format(players=players[i], boxes=boxes[i], targets=targets[i])
-            raise ValueError(f"{name}: {f'level {i}' if len(boards) > 1 else 'the level'} has {message}")
+            place = f"{name}: level {i}" if isinstance(name, str) else f"{name[i]}: the level"
+            raise ValueError(f"{place} has {message}")
 
 
 def load_levels(path: str | os.PathLike, size: int | tuple[int, int] | None = None) -> torch.Tensor:
