@@ -85,14 +85,16 @@ class Args:
     """frames of an observation (the lecture's setting: 4)"""
     levels: str | None = None
     """train on this Boxoban file or folder instead of generated levels"""
-    total_timesteps: int = 2_000_000
+    total_timesteps: int = 1_000_000
     """environment frames, those of the model's pretraining included"""
-    num_envs: int = 64
+    num_envs: int = 32
     """parallel environments of each process"""
     num_steps: int = 8
     """steps n of a rollout before each update"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """learning rate (ours: the paper doesn't publish it)"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to zero (ours)"""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """RMSProp is the paper's"""
     gamma: float = 0.97
@@ -139,9 +141,11 @@ class Args:
     """scales every width of the agent's own networks (the paper's wide baseline: 2)"""
     model_width: int = 16
     """channels of the environment model"""
-    cnn_channels: tuple[int, ...] = (16, 16)
-    """channels of the model-free path and of the rollout encoder"""
-    dense: int = 128
+    cnn_channels: tuple[int, ...] = (32, 32, 32)
+    """channels of the model-free path"""
+    encoder_channels: tuple[int, ...] = (16, 16)
+    """channels of the rollout encoder"""
+    dense: int = 256
     """units of the model-free path's dense layer"""
     lstm: int = 64
     """units of the rollout encoder's LSTM"""
@@ -170,7 +174,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "size": 10, "num_boxes": 4, "max_episode_steps": 120, "observation": "rgb", "total_timesteps": 10**9,
         "num_envs": 32, "num_steps": 5, "optimizer": "rmsprop",
         "learning_rate": 7e-4, "ent_coef": 0.01, "reward_scale": 1.0, "imagination_depth": 5,
-        "cnn_channels": (32, 64, 64),
+        "cnn_channels": (32, 64, 64), "encoder_channels": (32, 64, 64),
         "dense": 512, "lstm": 512, "model_width": 64, "model_frames": 1_000_000, "model_steps": 100_000,
     },
 }  # fmt: skip
@@ -502,12 +506,15 @@ class I2AAgent(nn.Module):
     def __init__(self, args: "Args") -> None:
         super().__init__()
         self.kind = args.observation
-        channels = tuple(round(args.width_multiplier * c) for c in args.cnn_channels)
+        channels, encoder_channels = (
+            tuple(round(args.width_multiplier * c) for c in widths)
+            for widths in (args.cnn_channels, args.encoder_channels)
+        )
         dense, lstm = round(args.width_multiplier * args.dense), round(args.width_multiplier * args.lstm)
         pixels = board_pixels(args)
         self.trunk = conv_trunk(num_planes(self.kind) * args.frame_stack, channels, 1, self.kind, pixels)
         self.dense = layer_init(nn.Linear(self.trunk.num_features, dense))
-        self.encoder = RolloutEncoder(self.kind, channels, lstm, pixels) if args.agent == "i2a" else None
+        self.encoder = RolloutEncoder(self.kind, encoder_channels, lstm, pixels) if args.agent == "i2a" else None
         joint = dense + (A * lstm if self.encoder else 0)
         self.actor, self.critic = layer_init(nn.Linear(joint, A), 0.01), layer_init(nn.Linear(joint, 1), 1.0)
 
@@ -603,13 +610,12 @@ def collect_transitions(args: Args, policy: Any, device: torch.device) -> dict[s
     would never meet the last reward and the end otherwise (ours). `next` is the true next board, before any reset.
     """
     rng, parts = np.random.default_rng(args.seed), []
-    settings = {"size": args.size, "num_boxes": args.num_boxes, "seed": args.seed}
-    levels, solutions = generate_levels(min(args.model_frames, 4096), **settings)
-    endings = near_the_end(levels, solutions, rng)
+    settings = {"size": args.size, "num_boxes": args.num_boxes}
+    endings = near_the_end(*generate_levels(min(args.model_frames // 8, 1024), **settings, seed=args.seed), rng)
     stacked = (64, args.frame_stack, args.size, args.size)
-    for share, start, limit in ((0.75, levels, args.max_episode_steps), (0.25, endings, 8)):
-        settings = {"max_episode_steps": limit, "frame_stack": args.frame_stack, "device": device}
-        envs = SokobanVectorEnv(64, size=args.size, levels=start, **settings)
+    for share, levels, limit in ((0.75, None, args.max_episode_steps), (0.25, endings, 8)):
+        settings |= {"levels": levels, "max_episode_steps": limit, "frame_stack": args.frame_stack}
+        envs = SokobanVectorEnv(64, **settings, device=device)
         observation, _ = envs.reset(seed=args.seed)
         for _ in range(round(share * args.model_frames / 64)):
             frames = observation.reshape(stacked)
@@ -837,7 +843,8 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
     per_solved = 1 / max(1.0, solved.sum().item())
     metrics = {"eval/solved": p, "eval/solved_low": interval[0], "eval/solved_high": interval[1]}
     metrics["eval/mean_steps"] = (length * solved).sum().item() * per_solved
-    metrics["eval/imagined_steps_per_solved"] = A * args.imagination_depth * length.sum().item() * per_solved
+    if dream:
+        metrics["eval/imagined_steps_per_solved"] = A * args.imagination_depth * length.sum().item() * per_solved
     return metrics, torch.stack(boards)
 
 
@@ -857,6 +864,7 @@ def check_args(args: Args) -> None:
     for name in ("num_envs", "num_steps", "log_frames", "eval_episodes", "model_steps", "model_width"):
         if getattr(args, name) < 1:
             sys.exit(f"{name} is {getattr(args, name)}, must be at least 1")
+    channels = (args.cnn_channels, args.encoder_channels)
     pretrained = "pretrained" in (args.rollout_policy, args.model_data)
     learns = args.agent == "i2a" and args.env_model in ("learned", "poor")
     for wrong, message in (
@@ -865,7 +873,7 @@ def check_args(args: Args) -> None:
         (args.finetune_model and not learns, "--finetune-model needs --agent i2a and --env-model learned or poor"),
         (pretrained and not args.pretrained_path, "`pretrained` needs --pretrained-path, a model-free agent's file"),
         (args.model_frames < 1000, f"model_frames is {args.model_frames}, must be at least 1000"),
-        (args.observation == "rgb" and len(args.cnn_channels) > 3, "rgb has kernels for at most three --cnn-channels"),
+        (args.observation == "rgb" and max(map(len, channels)) > 3, "rgb has kernels for at most three convolutions"),
     ):  # fmt: skip
         if wrong:
             sys.exit(message)
@@ -961,7 +969,7 @@ def main(args: Args) -> None:
     # ---- the environment model comes first: learned once, then frozen
     if not has_model:
         save()
-        env_model = networks["env_model"].requires_grad_(True)
+        env_model = networks["env_model"].requires_grad_()
         if args.env_model_path:
             saved = load_checkpoint(args.env_model_path, device)["networks"]
             load_networks(env_model, saved, args.env_model_path, "env_model.")
@@ -972,9 +980,10 @@ def main(args: Args) -> None:
             global_step += args.model_frames
         for tensor in env_model.state_dict().values() if world > 1 else ():
             dist.broadcast(tensor, 0)
-        env_model.requires_grad_(args.finetune_model)
         has_model = True
         save()
+    if dream:
+        networks["env_model"].requires_grad_(args.finetune_model)
 
     # ---- the agent
     stop: list[int] = []
@@ -1030,6 +1039,8 @@ def main(args: Args) -> None:
             with autocast:
                 rollout_logits = networks["rollout_policy"](batch.flatten(0, 1)).float()
             distill_loss = distillation_loss(logits.flatten(0, 1), rollout_logits, args.kl_direction)
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
         optimizer.zero_grad(set_to_none=True)
         (loss + args.distill_coef * distill_loss).backward()
         average_gradients(parameters)
@@ -1042,6 +1053,7 @@ def main(args: Args) -> None:
         # 4. With --finetune-model, the model learns from the same transitions, by its own loss only
         before, global_step = global_step, global_step + args.num_envs * args.num_steps * world
         log = global_step // args.log_frames > before // args.log_frames or global_step >= args.total_timesteps
+        log |= bool(stop) and world == 1  # several processes stop together, at the next row
         if args.finetune_model or (log and dream):
             cells = (convert_observation(x, args.observation, "cells") for x in (batch, true_next[:, :, -1]))
             fresh = [x.flatten(0, 1) for x in (*cells, actions, rewards, terminated)]
@@ -1054,7 +1066,7 @@ def main(args: Args) -> None:
 
         # 5. Log, then save what was logged
         bar.update(global_step - before)
-        if not (log or (stop and world == 1)):
+        if not log:
             continue
         due = time.time() - saved_at > 60 * args.checkpoint_minutes or global_step >= args.total_timesteps
         flags = torch.tensor([len(stop), due], device=device)

@@ -1,0 +1,79 @@
+"""Train I2A and its baselines over seeds, and keep each finished run's metrics under benchmark/results/i2a/.
+
+    OMP_NUM_THREADS=1 python benchmark/i2a_runs.py --jobs 2 --seeds 11 12 13 14 15
+
+A finished run is not run again, and one that was cut off goes on from its checkpoint. Flags after `--` go to i2a.py.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import tyro
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "i2a"
+VARIANTS = {
+    "i2a": [],
+    "model-free": ["--agent", "model-free"],
+    "copy": ["--env-model", "copy"],
+    "perfect": ["--env-model", "perfect"],
+    "poor": ["--env-model", "poor"],
+    "no-reward": ["--no-reward-prediction"],
+    "depth-1": ["--imagination-depth", "1"],
+    "depth-5": ["--imagination-depth", "5"],
+    "wide": ["--agent", "model-free", "--width-multiplier", "2"],
+}
+
+
+@dataclass
+class Args:
+    task: str = "7x7-1"
+    """a name for the results, and the size and number of boxes: HxW-boxes"""
+    variants: tuple[str, ...] = ("i2a", "model-free", "copy")
+    """which of the variants above"""
+    seeds: tuple[int, ...] = (11, 12, 13, 14, 15)
+    """seeds of each"""
+    total_timesteps: int = 800_000
+    """frames a run, those of the model's pretraining included"""
+    jobs: int = 2
+    """runs at a time, one thread each"""
+
+
+def train(args: Args, variant: str, seed: int) -> None:
+    result = RESULTS / f"{args.task}_{variant}_{seed}.csv"
+    if result.exists():
+        return
+    size, boxes = args.task.split("x")[0], args.task.split("-")[1]
+    flags = ["--size", size, "--num-boxes", boxes, "--seed", str(seed), "--exp-name", f"study-{variant}"]
+    flags += ["--total-timesteps", str(args.total_timesteps), *VARIANTS[variant]]
+    earlier = sorted(pathlib.Path("runs").glob(f"Sokoban-{args.task}__study-{variant}__{seed}__*/checkpoint.pt"))
+    command = [sys.executable, str(ROOT / "i2a.py"), *(["--resume", str(earlier[-1])] if earlier else flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    log = pathlib.Path("runs") / f"study-{args.task}-{variant}-{seed}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a") as file:
+        subprocess.run(command, env=environment, stdout=file, stderr=file, check=True)
+    (folder,) = (
+        path.parent for path in pathlib.Path("runs").glob(f"*-{args.task}__study-{variant}__{seed}__*/agent.pt")
+    )
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    temporary = result.with_suffix(".tmp")
+    shutil.copy(folder / "metrics.csv", temporary)
+    os.replace(temporary, result)
+    print(f"{result.name} is there", flush=True)
+
+
+def main(args: Args) -> None:
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(train, args, variant, seed) for seed in args.seeds for variant in args.variants]
+    for run in runs:
+        run.result()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,836 @@
+"""I2A: each part against what it must compute, and each defect of the public implementations that the spec lists."""
+
+import csv
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+import i2a
+from i2a import A, Args
+from sokoban_env import SokobanVectorEnv, convert_observation, generate_levels, load_levels, save_levels
+
+ROOT = pathlib.Path(__file__).parent.parent
+CPU = torch.device("cpu")
+KINDS = ["cells", "tiny_rgb", "rgb"]
+SMALL = {
+    "size": 5,
+    "cnn_channels": (8,),
+    "encoder_channels": (8,),
+    "dense": 16,
+    "lstm": 8,
+    "model_width": 4,
+    "num_envs": 8,
+    "num_steps": 4,
+}
+TINY = [
+    "--size", "5", "--cnn-channels", "8", "--encoder-channels", "8", "--dense", "16", "--lstm", "8",
+    "--model-width", "4", "--num-envs", "8", "--num-steps", "4", "--model-frames", "1000", "--model-steps", "40",
+    "--eval-episodes", "20", "--log-frames", "200", "--max-episode-steps", "20", "--total-timesteps", "2000",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+
+
+def boards(num: int, size: int = 6, num_boxes: int = 2, seed: int = 1) -> torch.Tensor:
+    """Boards (num, H, W) in the middle of random play, some with a box on its target."""
+    envs = SokobanVectorEnv(num, size=size, num_boxes=num_boxes, max_episode_steps=1000)
+    observation, _ = envs.reset(seed=seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        observation, *_ = envs.step(rng.integers(A, size=num))
+    return observation
+
+
+def exp_noise(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(path: pathlib.Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def only_run() -> pathlib.Path:
+    (folder,) = pathlib.Path("runs").iterdir()
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ observations and the model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_an_encoded_frame_is_the_identity(kind: str):
+    frames = convert_observation(boards(40), "cells", kind)
+    classes = i2a.encode(frames, kind)
+    assert classes.shape == frames.shape[:3]
+    assert torch.equal(i2a.decode(classes, kind), frames)
+
+
+def test_planes_say_what_each_cell_is():
+    cells = torch.arange(7, dtype=torch.uint8).reshape(1, 1, 1, 7)
+    planes = i2a.to_planes(cells, "cells")[0, :, 0]  # (4, 7): wall, target, box, player
+    expected = [[1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 1], [0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]]
+    assert planes.tolist() == expected
+    rgb = convert_observation(boards(3), "cells", "tiny_rgb")[:, None]
+    assert torch.allclose(i2a.to_planes(rgb, "tiny_rgb"), rgb[:, 0].movedim(-1, 1) / 255)
+
+
+def test_the_action_reaches_the_model_as_one_hot_planes():
+    model = i2a.EnvModel("cells", 1, 4)
+    frames, action = boards(30)[:, None], torch.arange(30) % A
+    planes = torch.cat([i2a.to_planes(frames, "cells"), F.one_hot(action, A)[..., None, None].expand(-1, -1, 6, 6)], 1)
+    kernel = torch.zeros(8, 4 + A, 3, 3)  # conv1 on the frame's planes, a 1x1 kernel on the action's
+    kernel[:, :4], kernel[:, 4:, 1, 1] = model.conv1.weight, model.action.weight.T
+    h = F.relu(F.conv2d(planes, kernel, model.conv1.bias, padding=1))
+    h = F.relu(model.conv2(h) + model.inject(h.amax((2, 3)))[:, :, None, None])
+    frame = model.frame(h) + 4 * F.one_hot(frames[:, 0].long(), 7).movedim(-1, 1)
+    assert torch.allclose(model(frames, action)[0], frame, atol=1e-5)
+
+
+def test_pool_and_inject_carries_a_far_change_to_every_cell():
+    model = i2a.EnvModel("cells", 1, 16)
+    near, far = torch.zeros(2, 1, 1, 12, 12, dtype=torch.uint8)
+    far[0, 0, 11, 11] = 5
+    difference = (model(near, torch.tensor([1]))[0] - model(far, torch.tensor([1]))[0]).abs()
+    assert difference[0, :, 0, 0].max() > 0
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_a_symmetry_of_a_transition_is_a_transition(which: int):
+    before, action = boards(200, seed=which), torch.arange(200) % A
+    simulator = i2a.PerfectModel("cells", 6)
+    following, reward, end = simulator.predict(before[:, None], action)
+    turned = i2a.symmetry({"frames": before[:, None], "next": following, "action": action}, which)
+    again, same_reward, same_end = simulator.predict(turned["frames"], turned["action"])
+    assert torch.equal(again, turned["next"])
+    assert torch.equal(reward, same_reward)
+    assert torch.equal(end, same_end)
+
+
+def test_the_eight_symmetries_differ():
+    board = torch.arange(9, dtype=torch.uint8).reshape(1, 1, 3, 3)
+    batch = {"frames": board, "next": board[:, 0], "action": torch.tensor([1])}
+    assert len({tuple(i2a.symmetry(batch, which)["frames"].flatten().tolist()) for which in range(8)}) == 8
+
+
+def test_near_the_end_is_near_the_end():
+    levels, solutions = generate_levels(50, size=7, num_boxes=2, seed=3)
+    boards = i2a.near_the_end(levels, solutions, np.random.default_rng(0))
+    plays = torch.tensor([["udlr".index(m) + 1 for m in s[-8:].lower().rjust(8, "u")] for s in solutions])
+    solved = torch.zeros(50, dtype=torch.bool)
+    for skip in range(8):  # the last 1 ... 8 moves of its solution solve each board
+        envs = SokobanVectorEnv(50, size=7, levels=levels)
+        envs.reset(seed=1)
+        envs.set_state({"cells": boards})
+        over = torch.zeros(50, dtype=torch.bool)
+        for action in plays.T[skip:]:
+            _, _, terminated, _, _ = envs.step(torch.where(over, 0, action))
+            solved |= terminated & ~over
+            over |= terminated
+    assert solved.all()
+
+
+@pytest.mark.parametrize("frame_stack", [1, 3])
+def test_collected_transitions_are_the_simulators(frame_stack: int):
+    args = Args(size=6, num_boxes=2, model_frames=2000, max_episode_steps=9, frame_stack=frame_stack)
+    data = i2a.collect_transitions(args, None, CPU)
+    following, reward, end = i2a.PerfectModel("cells", 6).predict(data["frames"], data["action"])
+    assert torch.equal(following, data["next"])  # a transition across a reset would differ
+    assert torch.allclose(reward, data["reward"])
+    assert torch.equal(end, data["end"])
+    assert end.sum() > 5 and (reward > 10).sum() > 5 and ((reward - 0.9).abs() < 0.01).any()
+    assert data["frames"].shape == (len(reward), frame_stack, 6, 6)
+    changes = (data["frames"][:, 1:] != data["frames"][:, :-1]).flatten(1).any(1).float().mean()
+    assert (changes > 0.3) == (frame_stack > 1)
+
+
+def test_data_of_a_trained_policy_differs_from_random_data():
+    args = Args(size=6, model_frames=1000)
+    up = i2a.collect_transitions(args, lambda frames: torch.tensor([0.0, 50, 0, 0, 0]).expand(len(frames), A), CPU)
+    assert (up["action"] == 1).all()
+    assert i2a.collect_transitions(args, None, CPU)["action"].bincount().min() > 150
+
+
+@pytest.mark.parametrize("kind", ["cells", "tiny_rgb"])
+def test_pretraining_learns_the_rules(kind: str):
+    args = Args(size=5, num_boxes=1, observation=kind, model_frames=4000, model_steps=800)
+    model, rng = i2a.EnvModel(kind, 1, 16), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        data = i2a.collect_transitions(args, None, CPU)
+        before = i2a.model_loss(model, {k: v[:500] for k, v in data.items()}).mean()
+    i2a.pretrain_model(model, data, args, rng, i2a.Logger(args, "pretraining"))
+    test = i2a.collect_transitions(dataclasses.replace(args, seed=2), None, CPU)
+    metrics = i2a.model_metrics(model, test)
+    assert i2a.model_loss(model, {k: v[:500] for k, v in test.items()}).mean() < before / 20
+    assert metrics["model/exact_board_accuracy"] > 0.97
+    assert metrics["model/exact_board_accuracy_pushes"] > 0.8
+    assert metrics["model/termination_recall"] > 0.9
+
+
+def test_model_metrics_by_hand():
+    class Wrong(torch.nn.Module):  # right about everything but pushes, which it believes to be blocked
+        kind = "cells"
+
+        def predict(self, frames: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            following, reward, end = i2a.PerfectModel("cells", 5).predict(frames, action)
+            pushed = (following == 3).flatten(1).ne((frames[:, -1] == 3).flatten(1)).any(1)
+            return torch.where(pushed[:, None, None], frames[:, -1], following), torch.where(pushed, -0.1, reward), end
+
+    levels = [
+        "#####\n#@$.#\n#   #\n#   #\n#####",
+        "#####\n#@$ #\n#  .#\n#   #\n#####",
+        "#####\n#.$@#\n#   #\n#   #\n#####",
+    ]
+    frames = SokobanVectorEnv(3, size=5, levels=levels).reset(options={"levels": levels})[0].repeat_interleave(A, 0)
+    action = torch.arange(A).repeat(3)
+    following, reward, end = i2a.PerfectModel("cells", 5).predict(frames[:, None], action)
+    data = {"frames": frames[:, None], "next": following, "action": action, "reward": reward, "end": end}
+    metrics = i2a.model_metrics(Wrong(), data, "_here")
+    assert metrics["model/exact_board_accuracy_here"] == pytest.approx(12 / 15)  # three pushes: right, right, left
+    assert metrics["model/exact_board_accuracy_pushes_here"] == 0
+    assert "model/exact_board_accuracy_blocked_pushes_here" not in metrics  # there are none
+    assert metrics["model/termination_recall_here"] == 1
+    assert metrics["model/reward_recall_+10.9_here"] == 0
+    assert metrics["model/reward_recall_-0.1_here"] == 1
+
+
+def test_the_copy_model_has_i2as_parameters_and_knows_nothing():
+    count = {
+        name: sum(p.numel() for p in i2a.make_networks(Args(env_model=name), CPU).parameters())
+        for name in ("learned", "copy", "poor")
+    }
+    assert count["copy"] == count["learned"] > count["poor"]
+    frames = boards(10)[:, None]
+    frame, reward, end = i2a.CopyModel("cells", 1, 16).predict(frames, torch.ones(10, dtype=torch.int64))
+    assert torch.equal(frame, frames[:, 0]) and not reward.any() and not end.any()
+
+
+# ---------------------------------------------------------------------------------------------------------- imagination
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frame_stack", [1, 4])
+def test_perfect_imagination_is_what_the_environment_does(kind: str, frame_stack: int):
+    """Row b * A + a: environment b, stepped with a, then with the actions that the rollout policy saw fit."""
+    start = convert_observation(boards(7, seed=5), "cells", kind)
+    frames = start[:, None].repeat_interleave(frame_stack, 1)
+    seen = []
+
+    def policy(stack: torch.Tensor) -> torch.Tensor:
+        seen.append(stack.clone())
+        return torch.zeros(len(stack), A)
+
+    noise = exp_noise(4, 7 * A, A)
+    imagined, rewards, alive = i2a.imagine(i2a.PerfectModel(kind, 6), policy, frames, noise)
+    actions = [torch.arange(A).repeat(7), *(n.argmin(1) for n in noise[:-1])]  # a uniform policy: argmax of 1 / noise
+    for b in range(7):
+        for a in range(A):
+            row = b * A + a
+            envs = SokobanVectorEnv(1, size=6, levels=["#####\n#@$.#\n#####"], observation=kind, max_episode_steps=None)
+            envs.reset(seed=1)
+            envs.set_state({"cells": convert_observation(start[b : b + 1], kind, "cells")})
+            assert actions[0][row] == a
+            for d in range(4):
+                observation, reward, terminated, _, info = envs.step([int(actions[d][row])])
+                observation = info["final_obs"] if terminated else observation
+                assert torch.equal(imagined[d, row], observation[0])
+                assert rewards[d, row] == reward and alive[d, row] == 1
+                if terminated:
+                    assert not alive[d + 1 :, row].any() and not rewards[d + 1 :, row].any()
+                    break
+    if frame_stack > 1:  # imagination shifts the stack: the last two steps' frames, after the real ones
+        assert torch.equal(seen[1][:, -2:], imagined[:2].transpose(0, 1))
+        assert torch.equal(seen[1][:, :2], frames.repeat_interleave(A, 0)[:, 2:])
+
+
+def test_imagination_stops_where_the_model_says_so():
+    class Ends(i2a.CopyModel):
+        def predict(self, frames: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return frames[:, -1], torch.ones(len(action)), action == 2
+
+    _, rewards, alive = i2a.imagine(Ends("cells", 1, 4), None, boards(3)[:, None], exp_noise(3, 3 * A, A))
+    assert alive[:, 2].tolist() == [1, 0, 0]
+    assert torch.equal(rewards, alive)
+
+
+def test_sampled_actions_follow_the_policy():
+    logits = torch.tensor([0.0, 1, 2, -1, -3]).expand(200_000, A)
+    share = i2a.sample(logits, exp_noise(200_000, A)).bincount(minlength=A) / 200_000
+    assert torch.allclose(share, logits[0].softmax(-1), atol=0.005)
+
+
+def test_the_rollout_encoder_is_an_lstm_over_the_reversed_rollout():
+    encoder = i2a.RolloutEncoder("cells", (8, 8), 8, 6)
+    frames, rewards = torch.stack([boards(10, seed=s) for s in range(3)]), exp_noise(3, 10)
+    x = torch.cat([i2a.cell_planes(frames), rewards[..., None, None, None].expand(-1, -1, 1, 6, 6)], 2)
+    features = torch.stack([F.relu(encoder.project(encoder.trunk(step))) for step in x])
+    lstm = torch.nn.LSTM(4, 8)  # torch's own LSTM with the cell's weights, fed backwards
+    lstm.load_state_dict({f"{name}_l0": value for name, value in encoder.lstm.state_dict().items()})
+    expected = lstm(features.flip(0))[0][-1]
+    embedding = encoder(frames, rewards, torch.ones(3, 10))
+    assert torch.allclose(embedding, expected, atol=1e-6)
+    assert not torch.allclose(encoder(frames.flip(0), rewards.flip(0), torch.ones(3, 10)), embedding, atol=1e-3)
+
+
+def test_nothing_past_the_imagined_end_reaches_the_embedding():
+    encoder, frames, rewards = i2a.RolloutEncoder("cells", (8,), 8, 6), torch.stack([boards(6)] * 4), exp_noise(4, 6)
+    alive = torch.tensor([1.0, 1, 0, 0])[:, None].expand(4, 6)
+    short = encoder(frames[:2], rewards[:2], torch.ones(2, 6))
+    assert torch.allclose(encoder(frames, rewards, alive), short, atol=1e-6)
+
+
+def test_the_encoder_gets_gradient_from_every_depth():
+    encoder, rewards = i2a.RolloutEncoder("cells", (8,), 8, 6), exp_noise(4, 6).requires_grad_()
+    encoder(torch.stack([boards(6, seed=s) for s in range(4)]), rewards, torch.ones(4, 6)).square().sum().backward()
+    assert (rewards.grad.abs().sum(1) > 0).all()
+
+
+def test_the_aggregator_keeps_environments_apart():
+    args = Args(**SMALL)
+    networks = i2a.make_networks(args, CPU)
+    frames = boards(4, size=5, num_boxes=1)[:, None]
+    imagined = i2a.imagination(args, networks, torch.Generator().manual_seed(1))(frames)
+    logits, value = networks["agent"](frames, imagined)
+    changed = tuple(x.clone() for x in imagined)
+    changed[1][:, 2 * A : 3 * A] += 1  # another reward in the rollouts of environment 2 only
+    new_logits, new_value = networks["agent"](frames, changed)
+    assert ((logits != new_logits).any(1) == torch.tensor([False, False, True, False])).all()
+    assert ((value != new_value) == torch.tensor([False, False, True, False])).all()
+    order = imagined[1].clone()
+    order[:, 1], order[:, 3] = imagined[1][:, 3] + 1, imagined[1][:, 1]  # it matters which action a rollout belongs to
+    assert not torch.equal(networks["agent"](frames, (imagined[0], order, imagined[2]))[0][0], logits[0])
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def test_n_step_returns_by_hand():
+    rewards = torch.tensor([[1.0, 1, 1], [2, 2, 2], [3, 3, 3]])  # (T, B); γ = .5
+    values = torch.tensor([[0.5, 0.5, 0.5], [0.25, 0.25, 0.25], [1.0, 1, 1]])
+    next_values = torch.tensor([[0.25, 0.25, 0.25], [1, 8.0, 8], [4, 4, 4.0]])
+    terminated = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    truncated = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    result = i2a.generalized_advantages(rewards, values, next_values, terminated, terminated | truncated, 0.5, 1.0)
+    whole = [1 + 0.5 * 2 + 0.25 * 3 + 0.125 * 4 - 0.5, 2 + 0.5 * 3 + 0.25 * 4 - 0.25, 3 + 0.5 * 4 - 1]
+    ended = [1 + 0.5 * 2 - 0.5, 2 - 0.25, 3 + 0.5 * 4 - 1]  # terminated: no bootstrap, and nothing of the next episode
+    cut = [1 + 0.5 * 2 + 0.25 * 8 - 0.5, 2 + 0.5 * 8 - 0.25, 3 + 0.5 * 4 - 1]  # truncated: V of its own last frame
+    assert torch.allclose(result, torch.tensor([whole, ended, cut]).T)
+
+
+def test_gae_against_its_definition():
+    rewards, values, next_values = (torch.randn(6, 1) for _ in range(3))
+    never = torch.zeros(6, 1, dtype=torch.bool)
+    result = i2a.generalized_advantages(rewards, values, next_values, never, never, 0.9, 0.8)
+    deltas = rewards + 0.9 * next_values - values
+    for t in range(6):
+        assert result[t, 0] == pytest.approx(sum((0.72**k * deltas[t + k, 0]).item() for k in range(6 - t)), abs=1e-5)
+
+
+def test_actor_critic_losses_and_their_gradients():
+    logits = torch.randn(3, 2, A, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    actions, advantages = torch.arange(6).reshape(3, 2) % A, torch.randn(3, 2, dtype=torch.float64)
+    returns = advantages + values.detach()
+    policy_loss, value_loss, entropy = i2a.actor_critic_losses(logits, values, actions, advantages)
+    p = logits.detach().softmax(-1)
+    by_hand = np.mean(
+        [-p[t, b, actions[t, b]].log().item() * advantages[t, b].item() for t in range(3) for b in range(2)]
+    )
+    assert policy_loss.item() == pytest.approx(by_hand)
+    assert value_loss.item() == pytest.approx(((returns - values) ** 2).mean().item())
+    assert entropy.item() == pytest.approx(-(p * p.log()).sum(-1).mean().item())
+    gradient = torch.autograd.grad(policy_loss - 0.1 * entropy + value_loss, (logits, values))
+    score = F.one_hot(actions, A) - p
+    entropy_gradient = -p * (p.log() + 1 - (p * (p.log() + 1)).sum(-1, keepdim=True))
+    assert torch.allclose(gradient[0], (-score * advantages[..., None] - 0.1 * entropy_gradient) / 6)
+    assert torch.allclose(gradient[1], 2 * (values - returns) / 6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_distillation_is_a_kl_and_its_gradient_lowers_it(direction: str):
+    teacher, student = torch.randn(16, A, requires_grad=True), torch.randn(16, A, requires_grad=True)
+    loss = i2a.distillation_loss(teacher, student, direction)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    p, q = (p, q) if direction == "forward" else (q, p)
+    assert loss.item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), abs=1e-6)
+    loss.backward()
+    assert teacher.grad is None  # π is a constant target
+    with torch.no_grad():
+        assert i2a.distillation_loss(teacher, student - student.grad, direction) < loss
+    assert i2a.distillation_loss(teacher, teacher.detach(), direction).item() == pytest.approx(0, abs=1e-6)
+    twice = i2a.distillation_loss(torch.cat([teacher] * 2), torch.cat([student] * 2), direction)
+    assert twice.item() == pytest.approx(loss.item(), rel=1e-5)  # a mean over the batch, not a sum
+
+
+def test_whose_gradient_goes_where():
+    args = Args(**SMALL)
+    networks = i2a.make_networks(args, CPU)
+    frames = boards(8, size=5, num_boxes=1)[:, None]
+    imagined = i2a.imagination(args, networks, torch.Generator().manual_seed(1))(frames)
+    logits, value = networks["agent"](frames, imagined)
+    (logits.square().sum() + value.sum()).backward()
+    touched = {name for name, p in networks.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {name.split(".")[0] for name in touched} == {"agent"}
+    assert any(name.startswith("agent.encoder.lstm") for name in touched)
+    networks.zero_grad()
+    i2a.distillation_loss(
+        networks["agent"](frames, imagined)[0], networks["rollout_policy"](frames), "forward"
+    ).backward()
+    touched = {name.split(".")[0] for name, p in networks.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == {"rollout_policy"}
+
+
+def two_process_gradient(rank: int, path: str, batch: dict[str, torch.Tensor]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    network = update_gradient({name: value[rank::2] for name, value in batch.items()})
+    i2a.average_gradients(list(network.parameters()))
+    if rank == 0:
+        torch.save([p.grad for p in network.parameters()], path + ".pt")
+    dist.destroy_process_group()
+
+
+def update_gradient(batch: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The gradient of one update of agent and rollout policy, from a rollout (B environments, one step)."""
+    torch.manual_seed(3)
+    args = Args(**SMALL)
+    networks = i2a.make_networks(args, CPU)
+    frames = batch["frames"]
+    noise = batch["noise"].flatten(0, 1)[None]
+    imagined = i2a.imagine(networks["env_model"], None, frames, noise)
+    logits, values = networks["agent"](frames, imagined)
+    losses = i2a.actor_critic_losses(logits, values, batch["action"], batch["advantage"])
+    distill = i2a.distillation_loss(logits, networks["rollout_policy"](frames), "forward")
+    (losses[0] + 0.5 * losses[1] - 0.01 * losses[2] + distill).backward()
+    return torch.nn.ModuleList([networks["agent"], networks["rollout_policy"]])
+
+
+def test_two_processes_average_to_the_whole_gradient(tmp_path: pathlib.Path):
+    batch = {
+        "frames": boards(16, size=5, num_boxes=1)[:, None],
+        "noise": exp_noise(16, A, A),
+        "action": torch.arange(16) % A,
+        "advantage": torch.randn(16),
+    }
+    whole = [p.grad for p in update_gradient(batch).parameters()]
+    mp.spawn(two_process_gradient, (str(tmp_path / "store"), batch), nprocs=2)
+    for one, both in zip(whole, torch.load(tmp_path / "store.pt"), strict=True):
+        assert (one - both).norm() <= 1e-6 * max(1e-3, one.norm())
+
+
+# ------------------------------------------------------------------------------------------------- the loop, end to end
+
+
+def test_the_loop_bootstraps_from_the_true_last_frames(monkeypatch: pytest.MonkeyPatch):
+    """V(s_{t+1}) in the advantage: of the next frame, and of its own last one where an episode was truncated."""
+    networks, transitions, checked = [], [], []
+    make, step, advantages = i2a.make_networks, SokobanVectorEnv.step, i2a.generalized_advantages
+
+    def watch_step(self: SokobanVectorEnv, actions: torch.Tensor) -> tuple:
+        result = step(self, actions)
+        following = result[0].clone()
+        if "final_obs" in result[4]:
+            following[result[4]["_final_obs"]] = result[4]["final_obs"]
+        transitions.append((following, *result[1:4]))
+        return result
+
+    def check(rewards: torch.Tensor, values: torch.Tensor, next_values: torch.Tensor, *rest: object) -> torch.Tensor:
+        following, reward, terminated, truncated = map(torch.stack, zip(*transitions[-4:], strict=True))
+        expected = torch.stack([networks[-1]["agent"](frames[:, None], None)[1] for frames in following])
+        assert torch.allclose(next_values[~terminated], expected[~terminated], atol=1e-5)
+        assert torch.allclose(rewards, 0.1 * reward)
+        assert torch.equal(rest[0], terminated) and torch.equal(rest[1], terminated | truncated)
+        checked.append(int(truncated.sum()))
+        return advantages(rewards, values, next_values, *rest)
+
+    monkeypatch.setattr(i2a, "make_networks", lambda *a: networks.append(make(*a)) or networks[-1])
+    monkeypatch.setattr(SokobanVectorEnv, "step", watch_step)
+    monkeypatch.setattr(i2a, "generalized_advantages", check)
+    i2a.main(i2a.parse_args([*TINY, "--agent", "model-free", "--max-episode-steps", "6", "--total-timesteps", "640"]))
+    assert sum(checked) > 50
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_a_run_moves_what_it_should(finetune: bool, monkeypatch: pytest.MonkeyPatch):
+    networks, first = [], []
+    make, pretrain = i2a.make_networks, i2a.pretrain_model
+
+    def watch(*args: object) -> None:
+        pretrain(*args)
+        first.append({name: value.clone() for name, value in networks[0].state_dict().items()})
+
+    monkeypatch.setattr(i2a, "make_networks", lambda *a: networks.append(make(*a)) or networks[-1])
+    monkeypatch.setattr(i2a, "pretrain_model", watch)
+    i2a.main(i2a.parse_args([*TINY, *["--finetune-model"] * finetune]))
+    after = networks[0].state_dict()
+    moved = {name.split(".")[0] for name, value in first[0].items() if not torch.equal(value, after[name])}
+    assert moved == {"agent", "rollout_policy", *["env_model"] * finetune}
+    rows = rows_of(only_run() / "metrics.csv")
+    assert int(rows[0]["global_step"]) == 1000  # the model's frames are counted
+    assert float(rows[-1]["eval/solved_low"]) <= float(rows[-1]["eval/solved"]) <= float(rows[-1]["eval/solved_high"])
+    metrics = {name for row in rows for name, value in row.items() if value}
+    assert metrics >= {
+        "charts/episodic_return", "charts/episodic_length", "charts/solved", "charts/SPS", "losses/policy_loss",
+        "charts/imagined_steps_per_second", "losses/value_loss", "losses/entropy", "losses/distillation",
+        "model/exact_board_accuracy", "model/exact_board_accuracy_own_states", "model/exact_board_accuracy_depth_3",
+        "model/reward_recall_-0.1", "model/termination_recall",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--agent", "model-free"],
+        ["--env-model", "perfect", "--rollout-policy", "random"],
+        ["--env-model", "copy", "--kl-direction", "reverse"],
+        ["--env-model", "poor", "--no-reward-prediction", "--width-multiplier", "2"],
+        ["--frame-stack", "4", "--optimizer", "rmsprop"],
+        ["--observation", "tiny_rgb", "--bf16"],
+        ["--observation", "rgb", "--cnn-channels", "8", "8", "--imagination-depth", "1"],
+    ],
+    ids=lambda flags: "-".join(flags).replace("--", ""),
+)
+def test_every_variant_runs(flags: list[str]):
+    i2a.main(i2a.parse_args([*TINY, "--total-timesteps", "1600", *flags]))
+    assert float(rows_of(only_run() / "metrics.csv")[-1]["eval/solved"]) >= 0
+
+
+def test_a_pretrained_policy_acts_in_imagination_and_collects():
+    i2a.main(i2a.parse_args([*TINY, "--agent", "model-free", "--total-timesteps", "400"]))
+    path = str(only_run() / "agent.pt")
+    pretrained = ["--rollout-policy", "pretrained", "--model-data", "pretrained", "--pretrained-path", path]
+    args = i2a.parse_args([*TINY, *pretrained, "--exp-name", "second"])
+    policy = i2a.make_networks(args, CPU)["rollout_policy"]
+    frames = boards(5, size=5, num_boxes=1)[:, None]
+    saved = {k.removeprefix("agent."): v for k, v in torch.load(path)["networks"].items()}
+    agent = i2a.I2AAgent(dataclasses.replace(args, agent="model-free"))
+    agent.load_state_dict(saved)
+    assert torch.equal(policy(frames), agent(frames, None)[0])
+    i2a.main(args)
+    (run,) = pathlib.Path("runs").glob("*second*")
+    i2a.main(i2a.parse_args(["--evaluate", str(run / "agent.pt"), "--eval-episodes", "5"]))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_computes_the_same():
+    args = Args(**SMALL)
+    networks = i2a.make_networks(args, CPU)
+    frames = boards(8, size=5, num_boxes=1)[:, None]
+    noise = exp_noise(2, 8 * A, A)
+    imagined = i2a.imagine(networks["env_model"], networks["rollout_policy"], frames, noise)
+    compiled = torch.compile(i2a.imagine)(networks["env_model"], networks["rollout_policy"], frames, noise)
+    assert all(torch.equal(a, b) for a, b in zip(imagined, compiled, strict=True))
+    logits, value = networks["agent"](frames, imagined)
+    again = torch.compile(networks["agent"])(frames, imagined)
+    assert torch.allclose(logits, again[0], atol=1e-5) and torch.allclose(value, again[1], atol=1e-5)
+
+
+def test_everything_stays_on_its_device():
+    """On the meta device an operation that mixes devices, or waits for a value, raises."""
+    args, device = Args(**SMALL, frame_stack=2), torch.device("meta")
+    networks = i2a.make_networks(args, device)
+    frames = torch.zeros(8, 2, 5, 5, dtype=torch.uint8, device=device)
+    noise = torch.zeros(3, 8 * A, A, device=device)
+    imagined = i2a.imagine(networks["env_model"], networks["rollout_policy"], frames, noise)
+    logits, values = networks["agent"](frames, imagined)
+    action = i2a.sample(logits, noise[0, :8])
+    flags = torch.zeros(1, 8, dtype=torch.bool, device=device)
+    reward = torch.zeros(1, 8, device=device)
+    advantages = i2a.generalized_advantages(reward, values[None], values[None], flags, flags, 0.9, 1.0)
+    losses = i2a.actor_critic_losses(logits[None], values[None], action[None], advantages)
+    (losses[0] + losses[1] - losses[2]).backward()
+    batch = {"frames": frames, "next": frames[:, 0], "action": action, "reward": reward[0], "end": flags[0]}
+    networks["env_model"].requires_grad_()
+    assert i2a.model_loss(networks["env_model"], batch).device == device
+    assert all(p.grad.device == device for p in networks["agent"].parameters())
+
+
+def test_the_papers_preset():
+    args = i2a.parse_args(["--preset", "paper", "--num-envs", "64"])
+    assert (args.size, args.num_boxes, args.observation, args.imagination_depth) == (10, 4, "rgb", 5)
+    assert (args.cnn_channels, args.dense, args.lstm, args.optimizer) == ((32, 64, 64), 512, 512, "rmsprop")
+    assert args.num_envs == 64 and args.ent_coef == 0.01 and args.gae_lambda == 1
+    networks = i2a.make_networks(args, CPU)
+    frames = convert_observation(boards(2, size=10, num_boxes=4), "cells", "rgb")[:, None]
+    imagined = i2a.imagination(args, networks, torch.Generator())(frames)
+    assert imagined[0].shape == (5, 2 * A, 80, 80, 3)
+    assert networks["agent"].actor.in_features == 512 + 2560  # c_ia = 5 x 512
+    assert networks["agent"](frames, imagined)[0].shape == (2, A)
+    assert [type(m).__name__ for m in networks["agent"].trunk] == ["Conv2d", "ReLU"] * 3 + ["Flatten"]
+    convolutions = [(m.kernel_size[0], m.stride[0]) for m in networks["agent"].trunk if hasattr(m, "stride")]
+    assert convolutions == [(8, 4), (4, 2), (3, 1)]
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_evaluation_plays_each_level_once(moves: int, monkeypatch: pytest.MonkeyPatch):
+    level, wall = "#####\n#@$ .\n#####".replace(".", ".#").replace("#####", "######"), "######\n#@ $.#\n######"
+    levels = load_levels(save(level, level, wall), 6)
+    args = Args(**(SMALL | {"size": 6}), agent="model-free", max_episode_steps=7)
+    networks = i2a.make_networks(args, CPU)
+    networks["agent"].forward = lambda frames, imagined: (
+        torch.tensor([0.0, 0, 0, 0, 200 * moves]).expand(len(frames), A) + torch.tensor([100.0, 0, 0, 0, 0]),
+        torch.zeros(len(frames)),
+    )
+    metrics, film = i2a.evaluate(args, networks, levels, CPU)
+    assert metrics["eval/solved"] == moves
+    assert metrics["eval/mean_steps"] == 2 * moves
+    if moves:
+        assert metrics["eval/solved_low"] == pytest.approx(3 / (3 + 1.96**2))  # Wilson's interval at p = 1
+        assert len(film) == 3 and not (film[-1] == 3).any()  # every box is on its target in the last picture
+    else:
+        assert len(film) == 8 and torch.equal(film[-1], levels)
+
+
+def save(*texts: str) -> str:
+    pathlib.Path("levels.txt").write_text("\n\n".join(texts) + "\n")
+    return "levels.txt"
+
+
+def test_learning_raises_the_solve_rate():
+    i2a.main(i2a.parse_args(LEARNING))
+    rows = rows_of(only_run() / "metrics.csv")
+    solved = [float(row["charts/solved"]) for row in rows if row.get("charts/solved")]
+    assert np.mean(solved[-2:]) > np.mean(solved[:2]) + 0.15
+    assert float(rows[-1]["eval/solved"]) > np.mean(solved[:2]) + 0.15
+
+
+LEARNING = [
+    "--size", "5", "--total-timesteps", "45000", "--model-frames", "4000", "--model-steps", "800", "--log-frames",
+    "4000", "--imagination-depth", "2", "--max-episode-steps", "20", "--lstm", "32", "--eval-episodes", "300",
+    "--num-envs", "16", "--learning-rate", "2e-3",
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints and runs
+
+
+def run(*flags: str, **kwargs: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "i2a.py"), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False, **kwargs)
+
+
+@pytest.mark.parametrize("when", ["pretraining", "training"])
+def test_a_killed_run_resumes_bit_for_bit(when: str):
+    flags = [*TINY, "--checkpoint-minutes", "0", "--finetune-model", "--frame-stack", "2"]
+    i2a.main(i2a.parse_args([*flags, "--exp-name", "whole"]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "i2a.py"), *flags, "--exp-name", "killed"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        found = list(
+            pathlib.Path("runs").glob("*killed*/" + ("checkpoint.pt" if when == "pretraining" else "metrics.csv"))
+        )
+        if found and (when == "pretraining" or len(rows_of(found[0])) >= 3):
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    (killed,) = pathlib.Path("runs").glob("*killed*")
+    assert not (killed / "agent.pt").exists()
+    i2a.main(i2a.parse_args(["--resume", str(killed / "checkpoint.pt")]))
+    (whole,) = pathlib.Path("runs").glob("*whole*")
+    one, other = (torch.load(folder / "checkpoint.pt") for folder in (whole, killed))
+    assert_equal(
+        {k: one[k] for k in ("networks", "optimizer", "model_optimizer", "global_step", "processes", "rows")}, other
+    )
+    timed = ("charts/SPS", "charts/minutes", "charts/imagined_steps_per_second")
+    rows = [
+        [{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder / "metrics.csv")]
+        for folder in (whole, killed)
+    ]
+    assert rows[0] == rows[1]
+
+
+def assert_equal(one: object, other: object) -> None:
+    """`other` holds all that `one` holds, to the last bit."""
+    if isinstance(one, dict):
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def test_sigterm_saves_and_says_how_to_go_on():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        str(ROOT / "i2a.py"),
+        *TINY,
+        "--total-timesteps",
+        "100000000",
+        "--log-frames",
+        "100000000",
+    ]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline, pretrained = time.time() + 60, False
+    while time.time() < deadline and not pretrained:
+        time.sleep(0.05)
+        found = list(pathlib.Path("runs").glob("*/checkpoint.pt"))
+        pretrained = bool(found) and torch.load(found[0])["has_model"]
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"--resume {only_run()}/checkpoint.pt" in message
+    assert torch.load(only_run() / "checkpoint.pt")["global_step"] > 1000
+
+
+def test_two_processes_train_one_agent():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "i2a.py"),
+    ]
+    result = subprocess.run(
+        [*command, *TINY], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    state = torch.load(only_run() / "checkpoint.pt")
+    assert len(state["processes"]) == 2
+    assert not torch.equal(state["processes"][0]["env"]["cells"], state["processes"][1]["env"]["cells"])
+    assert state["global_step"] == 1000 + 64 * 16  # 2 x 8 environments x 4 steps an update
+
+
+def test_evaluation_of_an_export():
+    i2a.main(i2a.parse_args([*TINY, "--capture-video"]))
+    path = only_run() / "agent.pt"
+    assert (only_run() / "episodes.gif").read_bytes()[:3] == b"GIF"
+    save_levels("held_out.txt", generate_levels(6, size=5, num_boxes=1, seed=9)[0])
+    result = run("--evaluate", str(path), "--eval-levels", "held_out.txt", "--capture-video")
+    assert result.returncode == 0, result.stderr
+    assert "eval/solved" in result.stdout
+    assert path.with_suffix(".gif").exists()
+
+
+def wandb_records(path: pathlib.Path) -> list[bytes]:
+    """The records of an offline run's file: LevelDB's log format, after a header of 7 bytes."""
+    data, records, part, at = path.read_bytes(), [], b"", 7
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:  # a block's last bytes, too few for a record's header
+            at += 2**15 - at % 2**15
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(part)
+            part = b""
+    return records
+
+
+def test_wandb_offline_has_what_the_csv_has(monkeypatch: pytest.MonkeyPatch):
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    i2a.main(i2a.parse_args([*TINY, "--track", "--agent", "model-free", "--total-timesteps", "600"]))
+    rows = [{k: float(v) for k, v in row.items() if v} for row in rows_of(only_run() / "metrics.csv")]
+    assert len(rows) > 2
+    (path,) = only_run().rglob("*.wandb")
+    deadline, history = time.time() + 30, []
+    while len(history) < len(rows) and time.time() < deadline:  # another process writes the file
+        time.sleep(0.2)
+        records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(path)]
+        histories = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+        items = [{i.key or "/".join(i.nested_key): i.value_json for i in history.item} for history in histories]
+        history = [{k: float(v) for k, v in row.items() if not k.startswith("_")} for row in items]
+    assert history == [pytest.approx(row) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(*flags: str) -> str:
+    """The one line that a run with these flags ends with."""
+    with pytest.raises(SystemExit) as error:
+        i2a.main(i2a.parse_args(list(flags)))
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code
+    return error.value.code
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--imagination-depth", "0"], "imagination_depth must be at least 1"),
+        (["--frame-stack", "5"], "frame_stack is 5"),
+        (["--num-envs", "0"], "num_envs is 0"),
+        (["--rollout-policy", "pretrained"], "--pretrained-path"),
+        (["--finetune-model", "--env-model", "perfect"], "--finetune-model needs"),
+        (["--finetune-model", "--agent", "model-free"], "--finetune-model needs"),
+        (["--num-boxes", "9"], "num_boxes=9"),
+        (["--levels", "nowhere.txt"], "nowhere.txt"),
+        (["--resume", "nowhere.pt"], "nowhere.pt"),
+    ],
+)
+def test_bad_flags(flags: list[str], message: str):
+    assert message in refused(*TINY, *flags)
+    assert not pathlib.Path("runs").exists()
+
+
+def test_levels_of_another_size():
+    save_levels("large.txt", generate_levels(2, size=9, num_boxes=1)[0])
+    assert "large.txt: level 0 is 9x9, too large for size 5x5" in refused(*TINY, "--levels", "large.txt")
+
+
+def test_bad_checkpoints():
+    i2a.main(i2a.parse_args([*TINY, "--agent", "model-free", "--total-timesteps", "300"]))
+    good = only_run() / "checkpoint.pt"
+    pathlib.Path("damaged.pt").write_bytes(good.read_bytes()[:5000])
+    pathlib.Path("text.pt").write_text("not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+    torch.save({"args": {"learning_rate": 1}}, "script.pt")
+    torch.save(pathlib.Path, "code.pt")  # something that only unpickling code could bring back
+    for name in ("damaged.pt", "text.pt", "code.pt", "foreign.pt", "script.pt"):
+        for flag in ("--resume", "--evaluate"):
+            assert name in refused(flag, name)
+    assert "other parts or sizes" in refused("--evaluate", str(good), "--dense", "17")
+    assert "other parts or sizes" in refused("--resume", str(good), "--size", "6")
+
+
+def test_an_unwritable_run_folder():
+    pathlib.Path("runs").write_text("in the way")
+    assert "can't create runs" in refused(*TINY)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch):
+    losses, calls = i2a.actor_critic_losses, []
+
+    def breaking(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        calls.append(1)
+        policy_loss, value_loss, entropy = losses(*args)
+        return policy_loss, value_loss * (float("nan") if len(calls) == 25 else 1), entropy
+
+    monkeypatch.setattr(i2a, "actor_critic_losses", breaking)
+    message = refused(*TINY, "--agent", "model-free", "--checkpoint-minutes", "0", "--log-frames", "160")
+    assert message.startswith("losses/value_loss is nan at step 800: ")
+    state = torch.load(only_run() / "checkpoint.pt")
+    assert all(value.isfinite().all() for value in state["networks"].values())
+    assert state["global_step"] == 640
