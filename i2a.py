@@ -93,8 +93,6 @@ class Args:
     """steps n of a rollout before each update"""
     learning_rate: float = 3e-3
     """learning rate (ours: the paper doesn't publish it)"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero (ours)"""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """RMSProp is the paper's"""
     gamma: float = 0.97
@@ -1039,8 +1037,6 @@ def main(args: Args) -> None:
             with autocast:
                 rollout_logits = networks["rollout_policy"](batch.flatten(0, 1)).float()
             distill_loss = distillation_loss(logits.flatten(0, 1), rollout_logits, args.kl_direction)
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
         optimizer.zero_grad(set_to_none=True)
         (loss + args.distill_coef * distill_loss).backward()
         average_gradients(parameters)
