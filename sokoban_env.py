@@ -20,6 +20,8 @@ in a flat array, and a "position" is an index into it: up is -W, right is +1. Po
 (the cell behind a border wall), so flat arrays end in W spare cells, which negative positions reach too.
 """
 
+import functools
+import itertools
 import math
 import os
 import pathlib
@@ -55,20 +57,16 @@ _INK = {
     "k": (40, 40, 48),
 }  # fmt: skip
 SPRITE_PALETTE = np.array(list(_INK.values()), dtype=np.uint8)  # (11, 3): every colour of an `rgb` observation
-SPRITES = np.array(
-    [[[_INK[pixel] for pixel in row.split("|")[i]] for row in _ART.split()] for i in range(7)], dtype=np.uint8
-)  # (7, 8, 8, 3)
+_PIXELS = np.array([[_INK[pixel] for pixel in row.replace("|", "")] for row in _ART.split()], dtype=np.uint8)
+SPRITES = np.stack(np.split(_PIXELS, 7, axis=1))  # (7, 8, 8, 3)
 TINY_PALETTE = SPRITES[:, 4, 4]  # (7, 3)
 _BLOCKS = {"tiny_rgb": TINY_PALETTE[:, None, None], "rgb": SPRITES}  # what one cell looks like: (7, s, s, 3)
 OBSERVATIONS = ("cells", *_BLOCKS)
 
 
 def _rule(player: int, ahead: int, beyond: int) -> tuple[int, int, int, bool, int]:
-    """The rules of Sokoban: the player's cell, the one it walks into and the one behind that, before and after.
-
-    Returns:
-        the three new cells, whether the player moved, and the change in the number of boxes on targets.
-    """
+    """The rules: the player's cell, the one it walks into and the one behind that; all three after the move, whether
+    the player moved, and the change in the number of boxes on targets."""
     push = ahead in (BOX, BOX_ON_TARGET) and beyond in (FLOOR, TARGET)
     if not (push or ahead in (FLOOR, TARGET)):
         return player, ahead, beyond, False, 0  # blocked; or a no-op, for which all three are the player's own cell
@@ -76,19 +74,12 @@ def _rule(player: int, ahead: int, beyond: int) -> tuple[int, int, int, bool, in
     entered = PLAYER_ON_TARGET if ahead in (TARGET, BOX_ON_TARGET) else PLAYER
     if not push:
         return left, entered, beyond, True, 0
-    return (
-        left,
-        entered,
-        BOX_ON_TARGET if beyond == TARGET else BOX,
-        True,
-        (beyond == TARGET) - (ahead == BOX_ON_TARGET),
-    )
+    gain = (beyond == TARGET) - (ahead == BOX_ON_TARGET)
+    return left, entered, BOX_ON_TARGET if beyond == TARGET else BOX, True, gain
 
 
 # `_rule` for every case (player is 5 or 6, the other two 0-6), so that a step is a few table look-ups.
-_CASES = [
-    _rule(player, ahead, beyond) for player in (PLAYER, PLAYER_ON_TARGET) for ahead in range(7) for beyond in range(7)
-]
+_CASES = [_rule(*cells) for cells in itertools.product((PLAYER, PLAYER_ON_TARGET), range(7), range(7))]
 _NEXT_CELLS = np.array([case[:3] for case in _CASES], dtype=np.uint8).T.ravel()  # (3 * 98,)
 _MOVED = np.array([case[3] for case in _CASES])  # (98,) bool
 _GAIN = np.array([case[4] for case in _CASES])  # (98,) boxes that came onto a target
@@ -102,10 +93,7 @@ def convert_observation(array: Any, source: str, target: str) -> Any:
     """Turn an observation into another kind: `cells` (..., H, W), `tiny_rgb` (..., H, W, 3), `rgb` (..., 8H, 8W, 3).
 
     All are uint8; leading axes (environments, stacked frames) are kept, numpy gives numpy, torch gives torch on the
-    same device.
-
-    Raises:
-        ValueError: an unknown kind, or a pixel that is no sprite's.
+    same device. A ValueError says that a kind is unknown, or a pixel no sprite's.
     """
     for kind in (source, target):
         _check_observation(kind)
@@ -116,9 +104,7 @@ def convert_observation(array: Any, source: str, target: str) -> Any:
         tiny = array if source == "tiny_rgb" else array[..., 4::8, 4::8, :]
         match = (tiny[..., None, :] == xp.asarray(TINY_PALETTE, **like)).all(-1)  # (..., H, W, 7)
         if not match.any(-1).all():
-            raise ValueError(
-                f"the {source} image has a pixel that is no sprite's: is it really a {source} observation?"
-            )
+            raise ValueError(f"the {source} image has a pixel that is no sprite's: is it really {source}?")
         array = xp.asarray(xp.asarray(match, dtype=xp.uint8).argmax(-1), dtype=xp.uint8)
     if target == "cells":
         return array
@@ -145,12 +131,11 @@ def _parse_levels(text: str, name: str) -> list[np.ndarray]:
     levels, places, rows = [], [], []
     for number, line in enumerate([*text.splitlines(), ""], start=1):
         row = line.rstrip().replace("-", " ").replace("_", " ")
-        known = set(row) <= set(CELL_CHARS)
-        if row.lstrip().startswith("#") or (row and known):
-            if not known:
-                column, char = next((i, char) for i, char in enumerate(row, start=1) if char not in CELL_CHARS)
-                place = f"{name}:{number}:{column}"
-                raise ValueError(f"{place}: unknown character {char!r}, a level is written in {CELL_CHARS!r}")
+        unknown = set(row) - set(CELL_CHARS)
+        if row.lstrip().startswith("#") or (row and not unknown):
+            if unknown:
+                i = min(map(row.index, unknown))
+                raise ValueError(f"{name}:{number}:{i + 1}: unknown character {row[i]!r}, known are {CELL_CHARS!r}")
             rows.append(row)
         elif rows:  # a blank line, a comment or a title ends the level
             levels.append(rows)
@@ -164,12 +149,8 @@ def _parse_levels(text: str, name: str) -> list[np.ndarray]:
     values = np.frombuffer("".join(lines).translate(_CELL_OF_CHAR).encode(), dtype=np.uint8)
     boards = np.full((len(levels), height + 2, width + 2), FLOOR, dtype=np.uint8)  # with a rim of outside around each
     boards[:, 1:-1, 1:-1] = values.reshape(len(levels), height, width)
-    outside, grown = np.zeros(boards.shape, dtype=bool), boards < 0
-    grown[:, 0, 0] = True
-    while (grown != outside).any():
-        outside = grown.copy()
-        for axis, shift in ((1, 1), (1, -1), (2, 1), (2, -1)):
-            grown |= np.roll(outside, shift, axis) & (boards != WALL)
+    corners = np.arange(len(levels)) * boards[0].size
+    outside = _flood(np, boards.ravel() != WALL, corners, width + 2, boards[0].size)[0].reshape(boards.shape)
     for i in np.flatnonzero((outside & (boards != FLOOR)).any((1, 2)))[:1]:
         raise ValueError(f"{places[i]}: the level is not closed, a wall between its inside and the outside is missing")
     boards[outside] = WALL
@@ -217,17 +198,12 @@ def _check_boards(boards: np.ndarray, name: str | list[str], *, unsolved: bool =
 
 
 def load_levels(path: str | os.PathLike, size: int | tuple[int, int] | None = None) -> torch.Tensor:
-    """Read a Boxoban or XSB file, or every .txt, .xsb and .sok file below a folder.
+    """Levels (L, H, W), uint8, of a Boxoban or XSB file, or of every .txt, .xsb and .sok file below a folder.
 
     Rows may be ragged, `-` and `_` are floor too; blank lines, comments and titles part levels; floor outside the walls
-    becomes wall; smaller levels are padded with wall to `size`, or to the largest.
-
-    Returns:
-        levels (L, H, W), uint8, in the order of the sorted paths.
-
-    Raises:
-        OSError: the path can't be read. ValueError: with file, line and column: no level, an unknown character, not one
-        player, unequal numbers of boxes and targets, no box to push, no closed wall; or a level too large for `size`.
+    becomes wall; smaller levels are padded with wall to `size`, or to the largest. A ValueError names file and line of
+    what can't be played: an unknown character, not one player, unequal numbers of boxes and targets, no box to push,
+    no closed wall, a level too large for `size`.
     """
     path = pathlib.Path(path)
     files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".xsb", ".sok")) if path.is_dir() else [path]
@@ -273,7 +249,7 @@ def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_generator(height: int, width: int, num_boxes: int) -> None:
-    most = (height + width) // 4
+    most = min((height + width) // 4, height, width, 12)  # beyond, hardly a room in a thousand becomes a level
     if min(height, width) < 5 or not 1 <= num_boxes <= most:
         allowed = f"choose 1 to {most} boxes" if min(height, width) >= 5 else "the smallest board is 5x5"
         raise ValueError(f"can't generate {height}x{width} levels with num_boxes={num_boxes}: {allowed}")
@@ -294,42 +270,9 @@ def _to_torch(array: Any) -> torch.Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
-def _copy_to(xp: Any, device: str, array: Any) -> Any:
+def _copy_to(xp: Any, array: Any, device: str) -> Any:
     """A copy of a tensor or array for the backend, on its device."""
     return np.array(_to_numpy(array)) if xp is np else torch.asarray(array, device=device, copy=True)
-
-
-class _Random:
-    """One seeded source of random arrays for either backend."""
-
-    def __init__(self, xp: Any, device: str, *seed: int) -> None:
-        self.xp, self.device = xp, device
-        sequence = np.random.SeedSequence(seed)
-        if xp is np:
-            self.generator = np.random.default_rng(sequence)
-        else:
-            self.generator = torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
-
-    def uniform(self, *shape: int) -> Any:
-        """float32 in [0, 1)."""
-        if self.xp is np:
-            return self.generator.random(shape, dtype=np.float32)
-        return torch.rand(shape, generator=self.generator, device=self.device)
-
-    def integers(self, high: int, *shape: int) -> Any:
-        """int64 from 0 to high - 1."""
-        if self.xp is np:
-            return self.generator.integers(high, size=shape)
-        return torch.randint(high, shape, generator=self.generator, device=self.device)
-
-    def get_state(self) -> Any:
-        return self.generator.bit_generator.state if self.xp is np else self.generator.get_state()
-
-    def set_state(self, state: Any) -> None:
-        if self.xp is np:
-            self.generator.bit_generator.state = state
-        else:
-            self.generator.set_state(state.cpu())
 
 
 # ---------------------------------------------------------------------------------------------------------- generator
@@ -339,13 +282,13 @@ _CARVE = ("...###...", ".#..#..#.", "...##..#.", "...##.##.", "....##.#.")
 # Ours, fitted to the statistics of DeepMind's levels (docs/sokoban_env.md): how many steps the walker takes for each
 # row and column, how often it turns, and how much likelier a pull is for each thing that it has.
 _WALK_STEPS, _TURN = 1.8, 0.35
-_SAME_BOX, _SAME_DIRECTION, _AWAY = 6.0, 4.0, 6.0
+_SAME_BOX, _SAME_DIRECTION, _AWAY = 10.0, 4.0, 5.0
 
 
 def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any, Any]:
     """The cells reached from `start` in `rounds` moves over `free` ones, and each cell's distance (at most `rounds`).
 
-    All flat. `free` is False on every border, so that moves never leave a board.
+    All flat. No move leaves a board whose border is not free; what is not reached gets a distance above the others'.
     """
     reached = xp.zeros_like(free)
     reached[start] = True
@@ -360,7 +303,6 @@ def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any
         grown &= free
         # Stop early where asking is cheap; on a GPU it would wait for the device.
         if xp is np and i % 4 == 3 and (grown == reached).all():
-            distance[~reached] = rounds
             break
         reached = grown
     return reached, distance
@@ -377,7 +319,14 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
     height, width, num_boxes = settings
     cells = height * width
     num, like = max(64, 2**17 // cells), {"device": device}
-    rng = _Random(xp, device, *seed)
+    rng = np.random.default_rng(seed)  # on every device, so that all make the same levels
+
+    def uniform(*shape: int) -> Any:
+        return xp.asarray(rng.random(shape, dtype=np.float32), **like)
+
+    def integers(high: int) -> Any:
+        return xp.asarray(rng.integers(high, size=num), **like)
+
     board = xp.arange(num, **like) * cells  # (B,) where each board starts
     step = xp.asarray([-width, width, -1, 1], **like)  # up, down, left, right
 
@@ -385,20 +334,20 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
     floor = xp.zeros(num * cells + width, dtype=xp.bool, **like)
     around = xp.asarray([dy * width + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], **like)[:, None]  # (9, 1)
     carve = xp.asarray([[row[i] == "#" for row in _CARVE] for i in range(9)], **like)  # (9, 5)
-    y, x = 1 + rng.integers(height - 2, num), 1 + rng.integers(width - 2, num)
-    heading, dy, dx = rng.integers(4, num), xp.asarray([-1, 1, 0, 0], **like), xp.asarray([0, 0, -1, 1], **like)
+    y, x = 1 + integers(height - 2), 1 + integers(width - 2)
+    heading, dy, dx = integers(4), xp.asarray([-1, 1, 0, 0], **like), xp.asarray([0, 0, -1, 1], **like)
     for _ in range(int(_WALK_STEPS * (height + width))):
-        heading = xp.where(rng.uniform(num) < _TURN, rng.integers(4, num), heading)
+        heading = xp.where(uniform(num) < _TURN, integers(4), heading)
         y = xp.clip(y + dy[heading], 1, height - 2)
         x = xp.clip(x + dx[heading], 1, width - 2)
         at = board + y * width + x + around  # (9, B)
-        floor[at] |= carve[:, rng.integers(len(_CARVE), num)]
+        floor[at] |= carve[:, integers(len(_CARVE))]
     room = floor[: num * cells].reshape(num, height, width)
     room[:, [0, -1]] = False
     room[:, :, [0, -1]] = False
 
     # (2) Targets, with their boxes, and the player: the K + 1 floor cells with the highest lots.
-    lots = rng.uniform(num, cells) * room.reshape(num, cells)
+    lots = uniform(num, cells) * room.reshape(num, cells)
     spots = []
     for _ in range(num_boxes + 1):
         spots.append(lots.argmax(1) + board)
@@ -408,16 +357,16 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
     yield
 
     # (3) Reverse play. `free`: floor without a box.
-    rounds, num_pulls = 2 * (height + width), 8 * (num_boxes + 1)
+    rounds, num_pulls = min(2 * (height + width), 255), 8 * (num_boxes + 1)  # distances are bytes
     box, free = xp.asarray(target, copy=True), xp.asarray(floor, copy=True)
     free[box] = False
     is_target = xp.zeros_like(floor)
     is_target[target] = True
     rows = xp.arange(num, **like)
     boxes, headings = xp.arange(num_boxes, **like)[:, None], xp.arange(4, **like)[:, None, None]
-    last_box, last_heading = xp.full((num,), -1, **like), xp.full((num,), -1, **like)
-    swaps, best = xp.zeros(num, dtype=xp.int64, **like), xp.zeros(num, dtype=xp.int64, **like)
-    best_box, best_player, best_round = target, player, xp.zeros(num, dtype=xp.int64, **like)
+    last_box, last_heading = xp.full((2, num), -1, **like)
+    swaps, best, best_round = xp.zeros((3, num), dtype=xp.int64, **like)
+    best_box, best_player = target, player
     pulls = []  # per round: the box's new position and the step that it made, 0 where none was possible
 
     def displacement(box: Any, target: Any) -> Any:
@@ -431,9 +380,9 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
         weight = 1 + (_SAME_BOX - 1) * same_box
         weight = weight * (1 + (_SAME_DIRECTION - 1) * (same_box & (headings == last_heading)))
         weight = weight * (1 + (_AWAY - 1) * (displacement(near, target) > displacement(box, target)))  # (4, K, B)
-        # argmax of log(u) / w draws from the possible pulls in proportion to w
-        lots = xp.where(possible, xp.log(rng.uniform(*near.shape) + 1e-12) / weight, -xp.inf).reshape(-1, num)
-        pull = lots.argmax(0)
+        # One of the possible pulls, in proportion to its weight: exact in float32, and so the same on every device.
+        shares = xp.asarray(weight * possible, dtype=xp.float32).reshape(-1, num).cumsum(0)
+        pull = xp.clip((shares <= uniform(num) * shares[-1]).sum(0), 0, len(shares) - 1)
         heading, which = pull // num_boxes, pull % num_boxes
         moves = possible.reshape(-1, num)[pull, rows]
         stride = xp.where(moves, step[heading], 0)
@@ -456,7 +405,7 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
     free = xp.asarray(floor, copy=True)
     free[best_box] = False
     reached, _ = _flood(xp, free, best_player, width, rounds)
-    start = (rng.uniform(num, cells) * reached[: num * cells].reshape(num, cells)).argmax(1) + board
+    start = (uniform(num, cells) * reached[: num * cells].reshape(num, cells)).argmax(1) + board
     level = xp.asarray(floor, dtype=xp.uint8)
     level[target] = TARGET
     level[best_box] = BOX
@@ -511,30 +460,36 @@ class _Pool:
         self.restart(0)
 
     def restart(self, seed: int) -> None:
-        self.rng, self.work = _Random(self.xp, self.device, seed), None
+        self.rng, self.work = np.random.default_rng(seed), None
         self.boards = self.boards[:0] if self.endless else self.boards
         vars(self).update(dict.fromkeys(self._COUNTERS, 0), seed=seed)
 
     def draw(self, num: int) -> tuple[Any, Any]:
         """`num` boards (num, H, W) and their numbers (num,)."""
+        if not len(self.boards):  # the first episodes began on boards that were handed in
+            self.fill()
         fresh = min(num, len(self.boards) - self.head) if self.endless else 0
-        index = self.xp.arange(self.head, self.head + fresh, device=self.device)
-        if fresh < num:  # a fixed set, or demand outran the generator
-            index = self.xp.concatenate([index, self.rng.integers(len(self.boards), num - fresh)])
+        # From a fixed set, or where demand outran the generator, any; `random` is twice as fast as `integers`.
+        index = (self.rng.random(num) * len(self.boards)).astype(np.int64)
+        index[:fresh] = np.arange(self.head, self.head + fresh)
+        index = self.xp.asarray(index, device=self.device)
         self.head, self.drawn, self.repeated = self.head + fresh, self.drawn + num, self.repeated + num - fresh
         return self.boards[index], index + self.serial
 
     def fill(self) -> None:
         """Generate until every environment can have a fresh level."""
-        while len(self.boards) - self.head < self.num_envs:
+        while self.endless and len(self.boards) - self.head < self.num_envs:
             self._advance()
 
     def refill(self) -> None:
-        """After each step: at most one slice of a batch for every 128 frames stepped, and only if levels run low."""
+        """After each step: at most one slice of a batch for every 32 frames stepped, and only if levels run low."""
         before, self.frames = self.frames, self.frames + self.num_envs
-        for _ in range(self.frames // 128 - before // 128):
-            if len(self.boards) - self.head < max(64, 2 * self.num_envs):
+        for _ in range(self.frames // 32 - before // 32):
+            if self.endless and len(self.boards) - self.head < max(64, 2 * self.num_envs):
                 self._advance()
+
+    def info(self) -> dict[str, float]:
+        return {"level_repeats": self.repeated / max(1, self.drawn)} if self.endless else {}
 
     def _advance(self) -> None:
         if self.work is None:  # a batch follows from its seed and number, so a restored pool replays its slices
@@ -550,52 +505,40 @@ class _Pool:
             self.batch, self.slices, self.work = self.batch + 1, 0, None
 
     def get_state(self) -> dict[str, Any]:
-        boards = _to_torch(_copy_to(self.xp, self.device, self.boards))
-        return {"boards": boards, "random": self.rng.get_state()} | {
-            name: getattr(self, name) for name in self._COUNTERS
-        }
+        boards = _to_torch(_copy_to(self.xp, self.boards, self.device))
+        counters = {name: getattr(self, name) for name in self._COUNTERS}
+        return {"boards": boards, "random": self.rng.bit_generator.state, **counters}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.boards, self.work = _copy_to(self.xp, self.device, state["boards"]), None
-        self.rng.set_state(state["random"])
+        self.boards, self.work = _copy_to(self.xp, state["boards"], self.device), None
+        self.rng.bit_generator.state = state["random"]
         vars(self).update({name: state[name] for name in self._COUNTERS})
 
 
 def generate_levels(
-    num_levels: int,
-    *,
-    size: int | tuple[int, int] = 10,
-    num_boxes: int = 4,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    num_levels: int, *, size: int | tuple[int, int] = 10, num_boxes: int = 4, seed: int = 0, device: Any = "cpu"
 ) -> tuple[torch.Tensor, list[str]]:
-    """Make levels, all different, each with a solution.
+    """Levels (L, H, W), uint8 on `device`, all different, and a LURD solution of each (udlr moves, UDLR pushes).
 
-    Another seed gives other levels (on the smallest boards chance repeats some: `exclude_levels`). A seed gives the
-    same levels on every CPU; a GPU draws others.
-
-    Returns:
-        levels (L, H, W), uint8 on `device`, and a LURD solution of each (udlr moves, UDLR pushes).
-
-    Raises:
-        ValueError: a size or number of boxes that can't be generated, or fewer different levels exist than asked for.
+    The same seed gives the same levels, another one others (on the smallest boards chance repeats some: see
+    `exclude_levels`). A ValueError names a size or number of boxes that can't be generated, or says that there are
+    fewer levels than asked for.
     """
     height, width = _check_size(size)
     _check_generator(height, width, num_boxes)
     device = _check_device(device)
-    found: dict[bytes, tuple[np.ndarray, str]] = {}
-    batch = barren = 0
+    xp, found, batch, barren = np if device.type == "cpu" else torch, {}, 0, 0
     while len(found) < num_levels:
-        xp, before = np if device.type == "cpu" else torch, len(found)
+        before = len(found)
         *_, (boards, solutions) = _generate(xp, str(device), (height, width, num_boxes), (seed, batch), solve=True)
-        found |= {board.tobytes(): (board, text) for board, text in zip(_to_numpy(boards), solutions, strict=True)}
-        batch, barren = batch + 1, barren + 1 if len(found) == before else 0
-        if barren == 20:
+        found |= dict(zip((board.tobytes() for board in _to_numpy(boards)), solutions, strict=True))
+        # Twenty batches without a level, or two with only known ones: there are no more.
+        batch, barren = batch + 1, 0 if len(found) > before else barren + 10 * bool(solutions) + 1
+        if barren >= 20:
             what = f"{height}x{width} levels with {num_boxes} boxes"
             raise ValueError(f"found only {before} different {what}, asked for {num_levels}")
-    chosen = list(found.values())[:num_levels]
-    stacked = np.array([board for board, _ in chosen], dtype=np.uint8).reshape(-1, height, width)
-    return torch.tensor(stacked, device=device), [text for _, text in chosen]
+    chosen = np.frombuffer(bytearray().join([*found][:num_levels]), dtype=np.uint8).reshape(-1, height, width)
+    return torch.tensor(chosen, device=device), [*found.values()][:num_levels]
 
 
 # ------------------------------------------------------------------------------------------------------- environments
@@ -656,7 +599,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if backend not in (None, "torch", *["numpy"] * (self.device.type == "cpu")):
             raise ValueError(f"unknown backend {backend!r} for {self.device}: numpy (on the CPU only) or torch")
         self._xp = xp = np if self.device.type == "cpu" and backend != "torch" else torch
-        self._on = {"device": str(self.device)}
+        on = {"device": str(self.device)}
+        self._own = functools.partial(_copy_to, xp, **on)
         if levels is None:
             _check_generator(height, width, num_boxes)
         else:
@@ -665,7 +609,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self.max_episode_steps = max_episode_steps or math.inf
         self._pool = _Pool(xp, str(self.device), (height, width, num_boxes), levels, num_envs)
 
-        s = {"cells": 0, "tiny_rgb": 1, "rgb": 8}[observation]  # pixels a cell
+        s = {"cells": 0, "tiny_rgb": 1, "rgb": 8}[observation]  # pixels of a cell's side
         frame = (s * height, s * width, 3) if s else (height, width)
         stack = (frame_stack,) if frame_stack > 1 else ()
         self.single_observation_space = gym.spaces.Box(0, 255 if s else 6, stack + frame, dtype=np.uint8)
@@ -674,20 +618,17 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
         self._next_cells, self._moved, self._gain, self._reward = map(self._own, (_NEXT_CELLS, _MOVED, _GAIN, _REWARD))
-        ahead = np.array([0, -width, width, -1, 1])
-        self._offsets = self._own(np.concatenate([0 * ahead, ahead, 2 * ahead]))  # (3 * 5,)
-        self._fives, self._cases = self._own(np.array([[[0], [5], [10]], [[0], [98], [196]]]))
-        self._flat = xp.zeros(num_envs * height * width + width, dtype=xp.uint8, **self._on)
+        self._strides, self._three = map(self._own, (np.array([0, -width, width, -1, 1]), np.arange(3)[:, None]))
+        self._flat = xp.zeros(num_envs * height * width + width, dtype=xp.uint8, **on)
         self._board = self._flat[:-width].reshape(num_envs, height, width)  # (N, H, W), a view
-        self._rows = xp.arange(num_envs, **self._on)
-        self._player, self._loose, self._loose_at_start, self._steps, self._level = (
-            xp.zeros(num_envs, dtype=xp.int64, **self._on) for _ in range(5)
-        )  # (N,) each: position, boxes off target now and at the start, steps, number of the level
-        self._image = xp.zeros((num_envs, height, s, width, s, 3), dtype=xp.uint8, **self._on) if s else None
+        self._rows = xp.arange(num_envs, **on)
+        # (N,) each: position, boxes off target, steps, number of the level; and what the episode has paid so far
+        self._player, self._loose, self._steps, self._level = xp.zeros((4, num_envs), dtype=xp.int64, **on)
+        self._return = xp.zeros(num_envs, dtype=xp.float64, **on)
+        self._counters = {"steps": self._steps, "return": self._return, "level": self._level}
+        self._image = xp.zeros((num_envs, height, s, width, s, 3), dtype=xp.uint8, **on) if s else None
         self._blocks = self._own(_BLOCKS[observation]) if s else None  # (7, s, s, 3)
-        self._frame = (
-            self._image.reshape(num_envs, *frame) if s else self._board
-        )  # one frame, always up to date; a view
+        self._frame = self._image.reshape(num_envs, *frame) if s else self._board  # a view, always up to date
         self._past = [xp.zeros_like(self._frame) for _ in range(*stack)] if stack else []  # oldest first
         self._started = False
 
@@ -713,13 +654,13 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
                 raise ValueError("level_indices must point into the `levels` that the environment was made with")
             boards = self._pool.boards[number]
         else:
-            self._pool.fill() if self._pool.endless else None
+            self._pool.fill()
             boards, number = self._pool.draw(self.num_envs)
         if len(boards) != self.num_envs:
             raise ValueError(f"reset options hold {len(boards)} levels for {self.num_envs} environments")
         self._place(self._rows, boards, number)
         self._started = True
-        return self._observe(), self._pool_info()
+        return self._observe(), self._pool.info()
 
     def step(self, actions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Move in every environment; those whose episode ends start the next level at once (see the class)."""
@@ -730,35 +671,33 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if len(finished):
             info = self._final_info(finished, done, terminated)
             self._place(finished, *self._pool.draw(len(finished)))
-        if self._pool.endless:
-            self._pool.refill()
-            info |= self._pool_info()
-        return self._observe(), _to_torch(reward), _to_torch(terminated), _to_torch(truncated), info
+        self._pool.refill()
+        return self._observe(), _to_torch(reward), _to_torch(terminated), _to_torch(truncated), info | self._pool.info()
 
     def _move(self, actions: Any) -> tuple[Any, Any, Any]:
         """The rules, for all environments at once: reward, terminated, truncated, (N,) each; boards change in place."""
         xp = self._xp
         actions = self._check_actions(actions)
-        at = self._player + self._offsets.take(
-            actions + self._fives
-        )  # (3, N): the player, the cell ahead, the one behind
+        at = self._player + self._three * self._strides[actions]  # (3, N): the player, the cell ahead, the one behind
         cells = self._flat[at]
-        case = xp.asarray(
-            (cells[0] - PLAYER) * 49 + cells[1] * 7 + cells[2], dtype=xp.int64
-        )  # `_rule`'s line in `_CASES`
-        cells = self._next_cells.take(case + self._cases)
+        case = xp.asarray((cells[0] - PLAYER) * 49 + cells[1] * 7 + cells[2], dtype=xp.int64)  # the one in `_CASES`
+        cells = self._next_cells.take(case + 98 * self._three)
         self._flat[at] = cells
-        self._player = xp.where(self._moved[case], at[1], at[0])
+        moved = self._moved[case]
+        self._player = xp.where(moved, at[1], at[0])
         gain, reward = self._gain[case], self._reward[case]
         self._loose -= gain
         self._steps += 1
         terminated = self._loose == 0
         reward = xp.where(terminated & (gain > 0), reward + SOLVED_REWARD, reward)
+        self._return += reward
         truncated = (self._steps >= self.max_episode_steps) & ~terminated
         if self._image is not None:
             # The three cells' pixels. A cell behind the border is, modulo H and W, another border cell: wall on wall.
-            y, x = at // self.width % self.height, at % self.width
-            self._image[self._rows, y, :, x] = self._blocks[xp.asarray(cells, dtype=xp.int64)]
+            # Only what moved is drawn, where asking is cheap: each cell is spread over memory that is in no cache.
+            drawn = np.flatnonzero(moved) if xp is np else self._rows
+            y, x = at[:, drawn] // self.width % self.height, at[:, drawn] % self.width
+            self._image[drawn, y, :, x] = self._blocks[xp.asarray(cells[:, drawn], dtype=xp.int64)]
         if self._past:
             self._past.append(self._past.pop(0))
             self._past[-1][:] = self._frame
@@ -768,28 +707,25 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
         xp = self._xp
-        actions = np.asarray(actions) if xp is np else torch.as_tensor(actions, device=self.device)
+        actions = np.asarray(_to_numpy(actions)) if xp is np else torch.as_tensor(actions, device=self.device)
         if actions.shape != (self.num_envs,) or actions.dtype in (xp.float32, xp.float64, xp.bool):
             raise ValueError(f"actions must be {self.num_envs} integers, got {actions.dtype} {tuple(actions.shape)}")
         wrong = (actions < 0) | (actions > RIGHT)
-        if self.device.type != "cpu":
-            torch._assert_async(
-                ~wrong.any(), "an action is out of range, actions are 0 to 4"
-            )  # without waiting for the GPU
+        if self.device.type != "cpu":  # without waiting for the device
+            torch._assert_async(~wrong.any(), "an action is out of range, actions are 0 to 4")
         elif wrong.any():
             i = int(xp.where(wrong)[0][0])
             raise ValueError(f"action {int(actions[i])} of environment {i} is out of range, actions are 0 to 4")
-        return actions
+        return xp.asarray(actions, dtype=xp.int64)
 
     def _place(self, rows: Any, boards: Any, number: Any) -> None:
         """Put boards (len(rows), H, W) into environments `rows`, as new episodes."""
         xp = self._xp
         flat = boards.reshape(len(boards), -1)
-        loose = (flat == BOX).sum(1)
         self._board[rows] = boards
-        self._player[rows] = rows * flat.shape[1] + xp.asarray(flat >= PLAYER, dtype=xp.uint8).argmax(1)
-        self._loose[rows] = self._loose_at_start[rows] = loose
-        self._steps[rows] = 0
+        self._player[rows] = rows * flat.shape[1] + flat.argmax(1)  # the player's value is the highest
+        self._loose[rows] = (flat == BOX).sum(1)
+        self._steps[rows] = self._return[rows] = 0
         self._level[rows] = number
         if self._image is not None:
             self._image[rows] = xp.moveaxis(self._blocks[xp.asarray(boards, dtype=xp.int64)], 3, 2)
@@ -799,7 +735,9 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def _observe(self) -> torch.Tensor:
         if self._past:
             return _to_torch(self._xp.stack(self._past, 1))
-        return _to_torch(self._xp.asarray(self._frame, copy=True) if self.copy else self._frame)
+        frame = _to_torch(self._frame)
+        # torch copies faster, but numpy's memory is used again instead of mapped anew
+        return _to_torch(self._xp.empty_like(self._frame)).copy_(frame) if self.copy else frame
 
     def _final_info(self, finished: Any, done: Any, terminated: Any) -> dict[str, Any]:
         """What gymnasium's same-step autoreset reports of the episodes that have just ended."""
@@ -807,38 +745,26 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         last = xp.stack([past[finished] for past in self._past], 1) if self._past else self._frame[finished]
         boxes = xp.zeros_like(self._loose)
         boxes[finished] = (self._board[finished] == BOX_ON_TARGET).sum((1, 2))
-        total = (
-            STEP_REWARD * self._steps + BOX_REWARD * (self._loose_at_start - self._loose) + SOLVED_REWARD * terminated
+        mask, total = _to_torch(done), xp.asarray(self._return, dtype=xp.float32)
+
+        def masked(**values: Any) -> dict[str, Any]:
+            return {k: v for name, value in values.items() for k, v in ((name, _to_torch(value)), (f"_{name}", mask))}
+
+        final_info = masked(
+            success=xp.asarray(terminated, copy=True),
+            boxes_on_target=boxes,
+            level=xp.where(done, self._level, 0),
+            episode=masked(r=xp.where(done, total, 0), l=xp.where(done, self._steps, 0)),
         )
-        episode = {"r": xp.asarray(xp.where(done, total, 0.0), dtype=xp.float32), "l": xp.where(done, self._steps, 0)}
-        level = xp.where(done, self._level, 0)
-
-        def masked(values: dict[str, Any]) -> dict[str, Any]:
-            masks = {f"_{name}": xp.asarray(done, copy=True) for name in values}
-            return {name: _to_torch(value) for name, value in (values | masks).items()}
-
-        success = xp.asarray(terminated, copy=True)
-        values = {"success": success, "boxes_on_target": boxes, "level": level, "episode": masked(episode)}
-        return masked({"final_obs": last, "final_info": masked(values)})
-
-    def _pool_info(self) -> dict[str, Any]:
-        return {"level_repeats": self._pool.repeated / max(1, self._pool.drawn)} if self._pool.endless else {}
-
-    def _own(self, array: Any) -> Any:
-        return _copy_to(self._xp, str(self.device), array)
+        return masked(final_obs=last, final_info=final_info)
 
     def get_state(self, *, pool: bool = True) -> dict[str, Any]:
         """A copy of all that the future depends on: tensors, numbers and strings, fit for torch.save.
 
-        `cells` (N, H, W); `steps`, `loose_at_start` (boxes off target), `level`, (N,) each; `frames` (N, frame_stack,
-        ...) if stacked; and, unless `pool=False`, `pool`: levels, random generator, how far the next ones are made.
+        `cells` (N, H, W); `steps`, `return` (the rewards so far), `level`, (N,) each; `frames` (N, frame_stack, ...) if
+        stacked; and, unless `pool=False`, `pool`: levels, random generator, how far the next ones are made.
         """
-        names = {
-            "cells": self._board,
-            "steps": self._steps,
-            "loose_at_start": self._loose_at_start,
-            "level": self._level,
-        }
+        names = {"cells": self._board} | self._counters
         state: dict[str, Any] = {name: _to_torch(self._own(array)) for name, array in names.items()}
         if self._past:
             state["frames"] = self._observe()
@@ -848,9 +774,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         """Go to a state of `get_state`, and return its observation.
 
         Only `cells` must be there: a planner that sets boards, solved ones too, gets fresh counters and keeps the pool.
-
-        Raises:
-            ValueError: boards of another number or size, or (on the CPU) on which the rules don't hold.
+        A ValueError refuses boards of another number or size, or (on the CPU) on which the rules don't hold.
         """
         cells = state["cells"]
         if tuple(cells.shape) != tuple(self._board.shape):
@@ -858,7 +782,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if self.device.type == "cpu":
             _check_boards(_to_numpy(cells), "state['cells']", unsolved=False)
         self._place(self._rows, self._own(cells), -1)
-        for name, array in {"steps": self._steps, "loose_at_start": self._loose_at_start, "level": self._level}.items():
+        for name, array in self._counters.items():
             if name in state:
                 array[:] = self._own(state[name])
         for i, past in enumerate(self._past):
@@ -890,9 +814,7 @@ class SokobanEnv(gym.Env):
         self.render_mode = render_mode
         self.observation_space, self.action_space = self._env.single_observation_space, self._env.single_action_space
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         plural = {"level": "levels", "level_index": "level_indices"}
         observation, _ = self._env.reset(seed=seed, options={plural.get(k, k): [v] for k, v in (options or {}).items()})
@@ -901,19 +823,13 @@ class SokobanEnv(gym.Env):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         env = self._env
         reward, terminated, truncated = env._move([action])
-        if env._pool.endless:
-            env._pool.refill()
+        env._pool.refill()
         info = self._info(bool(terminated[0]))
         return env._observe()[0].numpy(), float(reward[0]), info["success"], bool(truncated[0]), info
 
     def _info(self, success: bool) -> dict[str, Any]:
-        boxes = int((self._env._flat == BOX_ON_TARGET).sum())
-        return {
-            "success": success,
-            "boxes_on_target": boxes,
-            "level": int(self._env._level[0]),
-            **self._env._pool_info(),
-        }
+        boxes, level = int((self._env._flat == BOX_ON_TARGET).sum()), int(self._env._level[0])
+        return {"success": success, "boxes_on_target": boxes, "level": level, **self._env._pool.info()}
 
     def get_state(self, *, pool: bool = True) -> dict[str, Any]:
         return self._env.get_state(pool=pool)
@@ -932,8 +848,5 @@ def _make_single(**kwargs: Any) -> SokobanEnv:
 
 
 gym.register(
-    "Sokoban-v0",
-    entry_point="sokoban_env:_make_single",
-    vector_entry_point="sokoban_env:SokobanVectorEnv",
-    max_episode_steps=120,
+    "Sokoban-v0", "sokoban_env:_make_single", vector_entry_point="sokoban_env:SokobanVectorEnv", max_episode_steps=120
 )
