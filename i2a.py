@@ -139,11 +139,11 @@ class Args:
     """scales every width of the agent's own networks (the paper's wide baseline: 2)"""
     model_width: int = 16
     """channels of the environment model"""
-    cnn_channels: tuple[int, ...] = (32, 32, 32)
+    cnn_channels: tuple[int, ...] = (16, 16)
     """channels of the model-free path"""
     encoder_channels: tuple[int, ...] = (16, 16)
     """channels of the rollout encoder"""
-    dense: int = 256
+    dense: int = 128
     """units of the model-free path's dense layer"""
     lstm: int = 64
     """units of the rollout encoder's LSTM"""
@@ -157,7 +157,7 @@ class Args:
     log_frames: int = 20_000
     """frames between rows of metrics"""
     resume: str | None = None
-    """continue from this checkpoint.pt; every other flag comes from it"""
+    """continue from this checkpoint.pt, with its flags (those given beside --resume or --evaluate override them)"""
     evaluate: str | None = None
     """evaluate this checkpoint.pt or agent.pt, and stop"""
     eval_episodes: int = 1000
@@ -170,9 +170,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {},
     "paper": {
         "size": 10, "num_boxes": 4, "max_episode_steps": 120, "observation": "rgb", "total_timesteps": 10**9,
-        "num_envs": 32, "num_steps": 5, "optimizer": "rmsprop",
-        "learning_rate": 7e-4, "ent_coef": 0.01, "reward_scale": 1.0, "imagination_depth": 5,
-        "cnn_channels": (32, 64, 64), "encoder_channels": (32, 64, 64),
+        "num_envs": 32, "num_steps": 5, "optimizer": "rmsprop", "learning_rate": 7e-4, "ent_coef": 0.01,
+        "reward_scale": 1.0, "imagination_depth": 5, "cnn_channels": (32, 64, 64), "encoder_channels": (32, 64, 64),
         "dense": 512, "lstm": 512, "model_width": 64, "model_frames": 1_000_000, "model_steps": 100_000,
     },
 }  # fmt: skip
@@ -411,9 +410,8 @@ class EnvModel(nn.Module):
         if self.shrink is not None:
             x = F.relu(self.shrink(x))
         h = F.relu(self.conv1(x) + self.action(action)[:, :, None, None], inplace=True)  # (B, 2 * width, H, W)
-        pooled = F.max_pool2d(h, h.shape[2:]).flatten(
-            1
-        )  # pool-and-inject: the global maximum, given back to every cell
+        # Pool-and-inject: the global maximum of each channel, given back to every cell
+        pooled = F.max_pool2d(h, h.shape[2:]).flatten(1)  # (B, 2 * width)
         h = F.relu(self.conv2(h) + self.inject(pooled)[:, :, None, None], inplace=True)  # (B, width, H, W)
         frame = self.frame(h)
         if self.shrink is None:
@@ -440,20 +438,16 @@ class PerfectModel(nn.Module):
 
     def __init__(self, kind: str, size: int) -> None:
         super().__init__()
-        self.kind, self.size, self.envs = kind, size, {}
+        self.kind, self.size, self.envs = kind, size, None
 
     def predict(self, frames: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cells = convert_observation(frames[:, -1], self.kind, "cells")
-        key = (len(cells), cells.device)
-        if key not in self.envs:  # its own levels are never seen: each call sets the boards
-            self.envs = {
-                key: SokobanVectorEnv(
-                    len(cells), size=self.size, levels=["#####\n#@$.#\n#####"], max_episode_steps=None,
-                    observation=self.kind, device=cells.device,
-                )
-            }  # fmt: skip
-        self.envs[key].set_state({"cells": cells})
-        frame, reward, end, _, info = self.envs[key].step(action)
+        if self.envs is None or self.envs.num_envs != len(cells):
+            settings = {"size": self.size, "max_episode_steps": None, "observation": self.kind, "device": cells.device}
+            # Its own level is never seen: each call sets the boards
+            self.envs = SokobanVectorEnv(len(cells), levels=["#####\n#@$.#\n#####"], **settings)
+        self.envs.set_state({"cells": cells})
+        frame, reward, end, _, info = self.envs.step(action)
         if "final_obs" in info:
             frame[info["_final_obs"]] = info["final_obs"]
         return frame, reward, end
@@ -501,18 +495,17 @@ class RolloutEncoder(nn.Module):
 class I2AAgent(nn.Module):
     """A model-free path and the aggregated embeddings of A imagined rollouts, to a policy and a value."""
 
-    def __init__(self, args: "Args") -> None:
+    def __init__(self, args: Args) -> None:
         super().__init__()
         self.kind = args.observation
-        channels, encoder_channels = (
-            tuple(round(args.width_multiplier * c) for c in widths)
-            for widths in (args.cnn_channels, args.encoder_channels)
-        )
-        dense, lstm = round(args.width_multiplier * args.dense), round(args.width_multiplier * args.lstm)
-        pixels = board_pixels(args)
-        self.trunk = conv_trunk(num_planes(self.kind) * args.frame_stack, channels, 1, self.kind, pixels)
+        wider = lambda widths: tuple(round(args.width_multiplier * width) for width in widths)  # noqa: E731
+        (dense, lstm), pixels = wider((args.dense, args.lstm)), board_pixels(args)
+        planes = num_planes(self.kind) * args.frame_stack
+        self.trunk = conv_trunk(planes, wider(args.cnn_channels), 1, self.kind, pixels)
         self.dense = layer_init(nn.Linear(self.trunk.num_features, dense))
-        self.encoder = RolloutEncoder(self.kind, encoder_channels, lstm, pixels) if args.agent == "i2a" else None
+        self.encoder = None
+        if args.agent == "i2a":
+            self.encoder = RolloutEncoder(self.kind, wider(args.encoder_channels), lstm, pixels)
         joint = dense + (A * lstm if self.encoder else 0)
         self.actor, self.critic = layer_init(nn.Linear(joint, A), 0.01), layer_init(nn.Linear(joint, 1), 1.0)
 
@@ -924,13 +917,11 @@ def main(args: Args) -> None:
     stacked = (-1, args.frame_stack, *observation.shape[-2 if args.observation == "cells" else -3 :])
     agent, dream = networks["agent"], imagination(args, networks, rng)
     act, dream_on = (torch.compile(agent), dream and torch.compile(dream)) if args.compile else (agent, dream)
-    groups = [list(agent.parameters())]
     distils = args.agent == "i2a" and args.rollout_policy == "distilled"
-    if distils:
-        groups.append(list(networks["rollout_policy"].parameters()))
+    groups = [list(networks[name].parameters()) for name in ("agent", "rollout_policy")[: 1 + distils]]
     parameters = [p for group in groups for p in group]
-    settings = {"adam": (torch.optim.Adam, {}), "rmsprop": (torch.optim.RMSprop, {"alpha": 0.99})}[args.optimizer]
-    optimizer = settings[0](parameters, args.learning_rate, eps=1e-5, **settings[1])
+    optimizer_class = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.optimizer]
+    optimizer = optimizer_class(parameters, args.learning_rate, eps=1e-5)
     model_optimizer = torch.optim.Adam(networks["env_model"].parameters(), 1e-4) if args.finetune_model else None
     global_step, imagined, minutes, started = 0, None, 0.0, time.time()
     has_model = args.agent == "model-free" or args.env_model in ("perfect", "copy")

@@ -698,8 +698,18 @@ def test_sigterm_saves_and_says_how_to_go_on():
     assert torch.load(only_run() / "checkpoint.pt")["global_step"] > 1000
 
 
+WORKER = """
+import os, sys, torch, i2a
+networks, make = [], i2a.make_networks
+i2a.make_networks = lambda *args: networks.append(make(*args)) or networks[-1]
+i2a.main(i2a.parse_args(sys.argv[1:]))
+torch.save(networks[0].state_dict(), f"weights{os.environ['RANK']}.pt")
+"""
+
+
 def test_two_processes_train_one_agent():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pathlib.Path("worker.py").write_text(WORKER)
     command = [
         sys.executable,
         "-m",
@@ -707,16 +717,16 @@ def test_two_processes_train_one_agent():
         "--standalone",
         "--nproc-per-node",
         "2",
-        str(ROOT / "i2a.py"),
+        "worker.py",
+        *TINY,
     ]
-    result = subprocess.run(
-        [*command, *TINY], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     state = torch.load(only_run() / "checkpoint.pt")
     assert len(state["processes"]) == 2
     assert not torch.equal(state["processes"][0]["env"]["cells"], state["processes"][1]["env"]["cells"])
     assert state["global_step"] == 1000 + 64 * 16  # 2 x 8 environments x 4 steps an update
+    assert_equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
 
 
 def test_evaluation_of_an_export():
