@@ -485,7 +485,7 @@ class _Pool:
         """After each step: at most one slice of a batch for every 32 frames stepped, and only if levels run low."""
         before, self.frames = self.frames, self.frames + self.num_envs
         for _ in range(self.frames // 32 - before // 32):
-            if self.endless and len(self.boards) - self.head < max(64, 2 * self.num_envs):
+            if self.endless and len(self.boards) - self.head < max(256, 2 * self.num_envs):
                 self._advance()
 
     def info(self) -> dict[str, float]:

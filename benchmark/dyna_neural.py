@@ -7,9 +7,9 @@
 Seeds are 1 to `--seeds`, trained `--lockstep` at once. A run that has ended leaves its own CSV file in
 benchmark/results/dyna_neural, one row an evaluation (10 greedy episodes); a run whose file exists isn't repeated, so
 that an interrupted grid goes on. A run reaches a return at its first evaluation whose mean is that or more; the curves
-go on behind it, but CleanRL's stop once every run of the group has reached it. A run that never gets there counts with
-all its steps, which is less than the truth. Interquartile mean: of the middle half of the seeds; intervals are 95 %
-bootstrap ones over the seeds.
+go on behind it, but CleanRL's stop there, so they run one by one. A run that never gets there counts with all its
+steps, which is less than the truth. Interquartile mean: of the middle half of the seeds; intervals are 95 % bootstrap
+ones over the seeds.
 """
 
 import csv
@@ -196,11 +196,13 @@ def report(args: Args, folder: pathlib.Path) -> None:
                 row["ratio_low"], row["ratio_high"] = map(float, np.quantile(ratios, (0.025, 0.975)))
         axes[0, column].axhline(goal, color="black", lw=0.8, ls=":")
         axes[0, column].set(title=env_id, xlabel="real steps", ylabel="return of the greedy policy")
-        axes[0, column].legend(loc="lower right")
+        if len(axes[0, column].lines) > 1:
+            axes[0, column].legend(loc="lower right")
         axes[1, column].set(
             yscale="log", ylim=(1e-4, 2), xlabel="real steps", ylabel="the model's error on unseen steps"
         )
-        axes[1, column].legend(loc="upper right")
+        if axes[1, column].lines:
+            axes[1, column].legend(loc="upper right")
     for row in table:
         ratio = f"{row['ratio']:.1f} | {row['ratio_low']:.1f} to {row['ratio_high']:.1f}" if "ratio" in row else " | "
         less = "" if row["reached"] == row["seeds"] else "≥ "
@@ -252,8 +254,9 @@ def main(args: Args) -> None:
     for mode in args.modes:
         for env_id in args.env_ids:
             missing = [e for e in range(1, args.seeds + 1) if not (folder / f"{env_id}__{mode}__{e}.csv").exists()]
+            most = 1 if mode == "cleanrl" else args.lockstep  # so that each of CleanRL's runs stops for itself
             while missing and not args.report_only:
-                group = [e for i, e in enumerate(missing[: args.lockstep]) if e == missing[0] + i]  # without a gap
+                group = [e for i, e in enumerate(missing[:most]) if e == missing[0] + i]  # without a gap
                 run(env_id, mode, group[0], len(group), folder)
                 missing = missing[len(group) :]
     report(args, folder)

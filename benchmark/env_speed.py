@@ -197,7 +197,19 @@ class Operations(TorchDispatchMode):
         "reduction": ("any", "all", "sum", "argmax"),
         "choice": ("where", "nonzero"),
         "copy": ("clone", "_to_copy", "zeros", "zeros_like", "arange", "cat", "stack", "copy_"),
-        "view": ("view", "reshape", "select", "slice", "alias", "permute", "unsqueeze", "squeeze", "expand", "unbind"),
+        "view": (
+            "view",
+            "reshape",
+            "select",
+            "slice",
+            "alias",
+            "permute",
+            "unsqueeze",
+            "squeeze",
+            "expand",
+            "unbind",
+            "empty_like",
+        ),
         "nothing": ("detach", "movedim", "lift_fresh", "scalar_tensor", "_local_scalar_dense"),  # in numpy
     }  # all others are arithmetic
 
@@ -218,7 +230,7 @@ class Operations(TorchDispatchMode):
             self.cells += tensors[1].numel()
             self.bytes += 2 * values.nbytes if values.numel() > tensors[1].numel() else 0
         elif kind != "view":
-            self.bytes += sum(tensor.nbytes for tensor in tensors)
+            self.bytes += sum(tensor.nbytes for tensor in tensors[: 2 if name == "copy_" else None])  # it returns one
         return result
 
 
@@ -226,7 +238,7 @@ def count_operations(num_envs: int, observation: str, levels: torch.Tensor, args
     """Operations by kind, bytes and fetched cells of one step: means over steps in which episodes end as in a long run.
 
     The environment's one text runs on either backend. The count is taken from the torch backend, whose operations can
-    be listed as they happen; the numpy backend does the same ones.
+    be listed as they happen; the numpy backend does the same ones, except that it draws only what moved.
     """
     envs = SokobanVectorEnv(num_envs, levels=levels, observation=observation, backend="torch")
     spread_out(envs, args)
@@ -250,8 +262,8 @@ def best_time(statement: Callable[[], Any], loops: int) -> float:
     return min(times)
 
 
-def bounds(levels: torch.Tensor, rates: dict[tuple[str, int], float], args: Args) -> list[str]:
-    """Markdown lines: how long a step takes, beside the time of three things that it can't do without.
+def bounds(levels: torch.Tensor, rates: dict[tuple[str, int], float], args: Args) -> list[list[Any]]:
+    """A table with its header: how long a step takes, beside the time of three things that it can't do without.
 
     Dispatch: its array operations, each at what numpy needs for one of that kind on a single element (a call, checks,
     an allocation, no work to speak of), and the conversions between torch and numpy. A small batch pays this. Fetch:
@@ -275,15 +287,13 @@ def bounds(levels: torch.Tensor, rates: dict[tuple[str, int], float], args: Args
     cost = {kind: seconds - empty for kind, seconds in cost.items()}
     flat, spread = np.ones(4096 * 100, dtype=np.uint8), np.arange(4096) * 100 + np.array([[11], [12], [13]])
     cell_cost = best_time(lambda: flat[spread], 2000) / spread.size
-    lines = [
-        "numpy, measured: "
+    print(
+        "\nnumpy, measured: "
         + ", ".join(f"{kind} {1e6 * seconds:.2f} µs" for kind, seconds in cost.items())
-        + f" an operation on one element; {1e9 * cell_cost:.2f} ns a cell fetched",
-        "",
-        "| copies of | envs | step, µs | operations | dispatch, µs | cells fetched | fetch, µs | kB moved | "
-        "copying, GB/s | memory, µs | step / sum |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+        + f" an operation on one element; {1e9 * cell_cost:.2f} ns a cell fetched"
+    )
+    header = "copies of;envs;step, µs;operations;dispatch, µs;cells fetched;fetch, µs;kB moved;copying, GB/s;memory, µs"
+    table: list[list[Any]] = [[*header.split(";"), "step / sum"]]
     for (observation, num_envs), best in rates.items():
         count, moved, cells = count_operations(num_envs, observation, levels, args)
         dispatch = sum(number * cost[kind] for kind, number in count.items())
@@ -293,12 +303,10 @@ def bounds(levels: torch.Tensor, rates: dict[tuple[str, int], float], args: Args
         loops = max(10, 2 * 10**8 // source.nbytes // 10)
         bandwidth = 2 * source.nbytes / best_time(lambda s=source, t=target: np.copyto(t, s), loops)
         memory, fetch, step = moved / bandwidth, cells * cell_cost, num_envs / best
-        lines.append(
-            f"| {observation} | {num_envs} | {1e6 * step:.1f} | {sum(count.values()):.0f} | {1e6 * dispatch:.1f} | "
-            f"{cells:.0f} | {1e6 * fetch:.1f} | {moved / 1e3:.1f} | {bandwidth / 1e9:.1f} | {1e6 * memory:.1f} | "
-            f"{step / (dispatch + fetch + memory):.1f} |"
-        )
-    return lines
+        figures = [1e6 * step, sum(count.values()), 1e6 * dispatch, cells, 1e6 * fetch, moved / 1e3, bandwidth / 1e9]
+        figures += [1e6 * memory, step / (dispatch + fetch + memory)]
+        table.append([observation, num_envs, *(f"{figure:.4g}" for figure in figures)])
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------------- peers
@@ -528,6 +536,14 @@ def amount(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def write_csv(path: pathlib.Path, table: list[list[Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
+    os.replace(temporary, path)
+
+
 def main(args: Args) -> None:
     if args.seconds <= 0 or args.repeats < 1 or args.num_levels < 1 or args.seed < 0 or args.peer_seconds <= 0:
         raise ValueError("seconds and peer_seconds must be above 0, repeats and num_levels at least 1, seed at least 0")
@@ -565,7 +581,10 @@ def main(args: Args) -> None:
             )
     own = {(row.what, row.envs): row.best for row in rows if row.package == "ours"}
     cases = [("cells", 1), ("cells", 64), ("cells", 1024), ("cells", 4096), ("rgb", 1024)]
-    print("\n" + "\n".join(bounds(levels, {case: own[f"step, {case[0]}, copies", case[1]] for case in cases}, args)))
+    limits = bounds(levels, {case: own[f"step, {case[0]}, copies", case[1]] for case in cases}, args)
+    print()
+    for row in (limits[0], ["---", *["--:"] * (len(limits[0]) - 1)], *limits[1:]):
+        print("| " + " | ".join(map(str, row)) + " |")
 
     output = pathlib.Path(args.output)
     table = [["package", "what", "envs", "best", "median", "unit", "target", "compared_with", "ratio", *machine]]
@@ -577,11 +596,8 @@ def main(args: Args) -> None:
             ratio = ratio if ratio == "" else f"{ratio:.4g}"
             table.append([row.package, row.what, row.envs or "", *rates, with_, ratio, *machine.values()])
     if str(output) != os.devnull:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(output.name + ".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(table)
-        os.replace(temporary, output)
+        write_csv(output, table)
+        write_csv(output.with_stem(output.stem + "_bounds"), limits)
     print(f"\nwrote {output} after {time.perf_counter() - start:.0f} s")
 
 
