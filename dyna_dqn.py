@@ -14,7 +14,7 @@ imagined in one go, with the Q from before them.
     python dyna_dqn.py --evaluate runs/NAME/agent.pt
 
 A small network costs what it takes to start an operation, not the arithmetic. So `--num-seeds E` trains E runs in
-lockstep, each tensor with an axis for the run: ten seeds take a third of the time of ten runs.
+lockstep, each tensor with an axis for the run: ten seeds take a quarter of the time of ten runs.
 
 Shapes: `E` runs, `B` batch, `K` planning steps, `D` imagination depth, `A` actions, `S` features of a state, `N` size
 of the replay, `T` steps of an episode. A row is a transition (s, s', a, r, end): `R` = 2S + 3 numbers.

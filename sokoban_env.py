@@ -735,9 +735,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def _observe(self) -> torch.Tensor:
         if self._past:
             return _to_torch(self._xp.stack(self._past, 1))
-        frame = _to_torch(self._frame)
-        # torch copies faster, but numpy's memory is used again instead of mapped anew
-        return _to_torch(self._xp.empty_like(self._frame)).copy_(frame) if self.copy else frame
+        return _to_torch(self._xp.asarray(self._frame, copy=True) if self.copy else self._frame)
 
     def _final_info(self, finished: Any, done: Any, terminated: Any) -> dict[str, Any]:
         """What gymnasium's same-step autoreset reports of the episodes that have just ended."""
