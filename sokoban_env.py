@@ -626,7 +626,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self._player, self._loose, self._steps, self._level = xp.zeros((4, num_envs), dtype=xp.int64, **on)
         self._return = xp.zeros(num_envs, dtype=xp.float64, **on)
         self._counters = {"steps": self._steps, "return": self._return, "level": self._level}
-        self._image = xp.zeros((num_envs, height, s, width, s, 3), dtype=xp.uint8, **on) if s else None
+        # numpy asks the system for huge pages for `full`, not for `zeros`
+        self._image = xp.full((num_envs * height, s, width, s, 3), 0, dtype=xp.uint8, **on) if s else None
         self._blocks = self._own(_BLOCKS[observation]) if s else None  # (7, s, s, 3)
         self._frame = self._image.reshape(num_envs, *frame) if s else self._board  # a view, always up to date
         self._past = [xp.zeros_like(self._frame) for _ in range(*stack)] if stack else []  # oldest first
@@ -679,12 +680,11 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         xp = self._xp
         actions = self._check_actions(actions)
         at = self._player + self._three * self._strides[actions]  # (3, N): the player, the cell ahead, the one behind
-        cells = self._flat[at]
-        case = xp.asarray((cells[0] - PLAYER) * 49 + cells[1] * 7 + cells[2], dtype=xp.int64)  # the one in `_CASES`
+        before = self._flat[at]
+        case = xp.asarray((before[0] - PLAYER) * 49 + before[1] * 7 + before[2], dtype=xp.int64)  # which of `_CASES`
         cells = self._next_cells.take(case + 98 * self._three)
         self._flat[at] = cells
-        moved = self._moved[case]
-        self._player = xp.where(moved, at[1], at[0])
+        self._player = xp.where(self._moved[case], at[1], at[0])
         gain, reward = self._gain[case], self._reward[case]
         self._loose -= gain
         self._steps += 1
@@ -693,11 +693,12 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self._return += reward
         truncated = (self._steps >= self.max_episode_steps) & ~terminated
         if self._image is not None:
-            # The three cells' pixels. A cell behind the border is, modulo H and W, another border cell: wall on wall.
-            # Only what moved is drawn, where asking is cheap: each cell is spread over memory that is in no cache.
-            drawn = np.flatnonzero(moved) if xp is np else self._rows
-            y, x = at[:, drawn] // self.width % self.height, at[:, drawn] % self.width
-            self._image[drawn, y, :, x] = self._blocks[xp.asarray(cells[:, drawn], dtype=xp.int64)]
+            # Only what changed, where asking is cheap: the pixels of a cell are spread over memory that no cache holds.
+            drawn = cells != before if xp is np else slice(None)
+            at, cells = at[drawn], xp.asarray(cells[drawn], dtype=xp.int64)
+            # A row above or below all boards is, modulo their number, another border: wall on wall.
+            row = at // self.width % (self.num_envs * self.height)
+            self._image[row, :, at % self.width] = self._blocks[cells]
         if self._past:
             self._past.append(self._past.pop(0))
             self._past[-1][:] = self._frame
@@ -728,7 +729,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self._steps[rows] = self._return[rows] = 0
         self._level[rows] = number
         if self._image is not None:
-            self._image[rows] = xp.moveaxis(self._blocks[xp.asarray(boards, dtype=xp.int64)], 3, 2)
+            pixels = xp.moveaxis(self._blocks[xp.asarray(boards, dtype=xp.int64)], 3, 2)  # (..., H, s, W, s, 3)
+            self._frame[rows] = pixels.reshape(-1, *self._frame.shape[1:])
         for past in self._past:
             past[rows] = self._frame[rows]
 

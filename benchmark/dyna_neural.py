@@ -46,8 +46,8 @@ CLEANRL = {
 }  # fmt: skip
 # The script's defaults, chosen on seeds 1001 to 1006, and these budgets. ε falls over as many real steps in every mode.
 STEPS = {
-    ("CartPole-v1", "none"): 8000, ("CartPole-v1", "replay"): 4000, ("CartPole-v1", "model"): 4000,
-    ("Acrobot-v1", "none"): 8000, ("Acrobot-v1", "replay"): 5000, ("Acrobot-v1", "model"): 5000,
+    ("CartPole-v1", "none"): 20_000, ("CartPole-v1", "replay"): 10_000, ("CartPole-v1", "model"): 10_000,
+    ("Acrobot-v1", "none"): 20_000, ("Acrobot-v1", "replay"): 10_000, ("Acrobot-v1", "model"): 10_000,
 }  # fmt: skip
 EXPLORATION_STEPS = 1000
 MODES = ("none", "replay", "model", "cleanrl")
