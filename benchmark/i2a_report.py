@@ -44,7 +44,7 @@ def curve(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, dict[str, float]]
     solved = np.array([float(row["charts/solved"]) for row in training])
     smooth = np.array([solved[max(0, i - WINDOW + 1) : i + 1].mean() for i in range(len(solved))])
     pretraining = [float(row["global_step"]) for row in rows if row.get("model/step")]
-    facts = {"pretraining": pretraining[0] if pretraining else 0.0, "eval": float(rows[-1]["eval/solved"])}
+    facts = {"pretraining": pretraining[0] if pretraining else 0.0, "eval": float(rows[-1].get("eval/solved") or "nan")}
     return frames, smooth, facts | {"minutes": float(training[-1]["charts/minutes"])}
 
 
@@ -83,13 +83,11 @@ def main(args: Args) -> None:
                     "frames": " ".join(f"{n:.0f}" for n in frames), "held_out_solved": round(float(mean), 4),
                     "held_out_interval": round(half, 4), "ratio": "", "ratio_low": "", "ratio_high": "",
                 }  # fmt: skip
-                paired = [
-                    math.log(reached(*base[:2], threshold) / n)
-                    for n, base in ((n, runs["i2a"].get(s)) for s, n in counts.items())
-                    if base
-                ]
-                if variant != "i2a" and counted == "with" and len(paired) > 1 and np.isfinite(paired).all():
-                    log, spread = -float(np.mean(paired)), interval(paired)
+                pairs = [(n, reached(*runs["i2a"][s][:2], threshold)) for s, n in counts.items() if s in runs["i2a"]]
+                finite = bool(np.isfinite(pairs).all())
+                if variant != "i2a" and counted == "with" and len(pairs) > 1 and finite:
+                    logs = [math.log(theirs / ours) for theirs, ours in pairs]
+                    log, spread = float(np.mean(logs)), interval(logs)
                     bounds = zip(("ratio", "ratio_low", "ratio_high"), (log, log - spread, log + spread), strict=True)
                     row |= {name: round(math.exp(value), 3) for name, value in bounds}
                 rows.append(row)

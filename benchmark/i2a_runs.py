@@ -26,6 +26,8 @@ VARIANTS = {
     "no-reward": ["--no-reward-prediction"],
     "depth-1": ["--imagination-depth", "1"],
     "depth-5": ["--imagination-depth", "5"],
+    "big": ["--cnn-channels", "32", "32", "32", "--dense", "256"],
+    "model-free-big": ["--agent", "model-free", "--cnn-channels", "32", "32", "32", "--dense", "256"],
     "wide": ["--agent", "model-free", "--width-multiplier", "2"],
 }
 
