@@ -85,7 +85,7 @@ class Args:
     """frames of an observation (the lecture's setting: 4)"""
     levels: str | None = None
     """train on this Boxoban file or folder instead of generated levels"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 1_500_000
     """environment frames, those of the model's pretraining included"""
     num_envs: int = 32
     """parallel environments of each process"""
