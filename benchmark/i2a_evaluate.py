@@ -1,4 +1,4 @@
-"""What a trained agent can do beside its training task: other numbers of boxes, Monte-Carlo search, a picture.
+"""What a trained agent can do beside its task: other numbers of boxes, Monte-Carlo search, a picture; and chance.
 
 python benchmark/i2a_evaluate.py boxes agent.pt
 python benchmark/i2a_evaluate.py search agent.pt --env-model perfect
@@ -33,6 +33,28 @@ def load(path: str, **changes: object) -> tuple[i2a.Args, torch.nn.ModuleDict]:
     networks = i2a.make_networks(args, CPU)
     i2a.load_networks(networks, state["networks"], path)
     return args, networks
+
+
+@dataclass
+class Random:
+    """What random play solves: how hard the task is."""
+
+    size: int = 7
+    """board size"""
+    num_boxes: int = 1
+    """boxes of a level"""
+    max_episode_steps: int = 60
+    """steps of an episode"""
+    episodes: int = 5000
+    """held-out levels"""
+
+
+def random_play(flags: Random) -> None:
+    settings = {"size": flags.size, "num_boxes": flags.num_boxes, "max_episode_steps": flags.max_episode_steps}
+    args = i2a.Args(agent="model-free", eval_episodes=flags.episodes, **settings)
+    networks = i2a.make_networks(args, CPU)
+    torch.nn.init.zeros_(networks["agent"].actor.weight)
+    print(json.dumps(settings | i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)[0]))
 
 
 @dataclass
@@ -155,5 +177,7 @@ def picture(flags: Picture) -> None:
 
 
 if __name__ == "__main__":
-    command = tyro.extras.subcommand_cli_from_dict({"boxes": Boxes, "search": Search, "picture": Picture})
-    {Boxes: boxes, Search: search, Picture: picture}[type(command)](command)
+    command = tyro.extras.subcommand_cli_from_dict({
+        "random": Random, "boxes": Boxes, "search": Search, "picture": Picture,
+    })  # fmt: skip
+    {Random: random_play, Boxes: boxes, Search: search, Picture: picture}[type(command)](command)
