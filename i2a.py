@@ -893,9 +893,9 @@ def main(args: Args) -> None:
     rng = torch.Generator(device).manual_seed(1000 * args.seed + rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     networks = make_networks(args, device)
-    state = load_checkpoint(args.resume or args.evaluate, device) if args.resume or args.evaluate else None
+    state = load_checkpoint(args.evaluate or args.resume, device) if args.evaluate or args.resume else None
     if state:
-        load_networks(networks, state["networks"], args.resume or args.evaluate)
+        load_networks(networks, state["networks"], args.evaluate or args.resume)
     if args.evaluate:
         with autocast:
             metrics, boards = evaluate(args, networks, held_out_levels(args), device)
@@ -1092,7 +1092,11 @@ def main(args: Args) -> None:
         if args.capture_video:
             write_gif(folder / "episodes.gif", boards[:, :8])
         if args.save_model:
-            export = {"args": asdict(args), "networks": networks.state_dict(), "global_step": global_step}
+            export = {
+                "args": asdict(replace(args, resume=None)),
+                "networks": networks.state_dict(),
+                "global_step": global_step,
+            }
             save_checkpoint(folder / "agent.pt", export)
         logger.close()
     for number, handler in handlers.items():

@@ -645,6 +645,10 @@ def test_a_killed_run_resumes_bit_for_bit(when: str):
     (killed,) = pathlib.Path("runs").glob("*killed*")
     assert not (killed / "agent.pt").exists()
     i2a.main(i2a.parse_args(["--resume", str(killed / "checkpoint.pt")]))
+    i2a.main(
+        i2a.parse_args(["--evaluate", str(killed / "agent.pt")])
+    )  # what a resumed run exports knows of no resuming
+    assert torch.load(killed / "agent.pt")["args"]["resume"] is None
     (whole,) = pathlib.Path("runs").glob("*whole*")
     one, other = (torch.load(folder / "checkpoint.pt") for folder in (whole, killed))
     assert_equal(
