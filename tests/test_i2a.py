@@ -268,6 +268,15 @@ def test_imagination_stops_where_the_model_says_so():
     assert torch.equal(rewards, alive)
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_without_reward_prediction_the_encoder_sees_no_rewards(shown: bool):
+    args = Args(**SMALL, env_model="perfect", reward_prediction=shown)
+    networks = i2a.make_networks(args, CPU)
+    dream = i2a.imagination(args, networks, torch.Generator().manual_seed(1))
+    _, rewards, _ = dream(boards(4, size=5, num_boxes=1)[:, None])
+    assert bool(rewards.any()) == shown
+
+
 def test_sampled_actions_follow_the_policy():
     logits = torch.tensor([0.0, 1, 2, -1, -3]).expand(200_000, A)
     share = i2a.sample(logits, exp_noise(200_000, A)).bincount(minlength=A) / 200_000
