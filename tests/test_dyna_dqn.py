@@ -161,12 +161,12 @@ def test_model_loss_by_hand():
     model = DeltaModel(1, 1, 2, ())  # one linear layer on (s, one-hot a)
     with torch.no_grad():
         model.net.weights[0].zero_()
-        model.net.biases[0].copy_(torch.tensor([2.0, 0.5]))  # Δs = 2 spreads, r = .5
+        model.net.biases[0].copy_(torch.tensor([5.0, 0.5]))  # Δs = 5 spreads, r = .5
         model.end_net.weights[0].fill_(np.log(3.0) / 4)  # at s' = 4: p(end) = 3/4
         model.end_net.biases[0].zero_()
     model.delta_std.fill_(3.0)
     loss = delta_model_loss(model, row([1], [4], 0, 1.0, 1.0))  # Δs = 3: one spread
-    assert loss.item() == pytest.approx((2 - 1) ** 2 + 0.25 - np.log(0.75), rel=1e-6)
+    assert loss.item() == pytest.approx((5 - 1) ** 2 + 0.25 - np.log(0.75), rel=1e-6)
 
 
 def test_standardize_takes_the_scales_and_leaves_constants_alone():
