@@ -580,29 +580,38 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 # ------------------------------------------------------------------------------------ the environment model's training
 
 
-def near_the_end(levels: Tensor, solutions: list[str], rng: np.random.Generator, most: int = 8) -> Tensor:
-    """Boards (L, H, W) that are 1 to `most` moves from solved: each level's solution, played up to there."""
-    cut = rng.integers(1, most + 1, len(levels))
-    plans = [solution[: max(0, len(solution) - c)].lower() for solution, c in zip(solutions, cut, strict=True)]
-    actions = torch.zeros(max(map(len, plans)), len(levels), dtype=torch.int64)  # 0: no-op
-    for i, plan in enumerate(plans):
-        actions[: len(plan), i] = torch.tensor(["udlr".index(move) + 1 for move in plan])
+def near_rewards(levels: Tensor, solutions: list[str], rng: np.random.Generator, most: int = 8) -> Tensor:
+    """Boards (L, H, W) that are 1 to `most` moves from a box on its target: each level's solution, played up to there.
+
+    Every other level stops before its end, the rest before any of their boxes' arrivals.
+    """
+    back = rng.integers(1, most + 1, len(levels))
+    actions = torch.zeros(max(map(len, solutions)), len(levels), dtype=torch.int64)  # 0: no-op
+    for i, solution in enumerate(solutions):
+        actions[: len(solution), i] = torch.tensor(["udlr".index(move) + 1 for move in solution.lower()])
     env = SokobanVectorEnv(len(levels), size=tuple(levels.shape[1:]), levels=levels, max_episode_steps=None)
-    boards, _ = env.reset(options={"levels": levels})
+    boards, rewards = [env.reset(options={"levels": levels})[0]], []
     for action in actions:
-        boards, *_ = env.step(action)
-    return boards
+        board, reward, *_ = env.step(action)
+        boards.append(board)
+        rewards.append(reward)
+    arrivals = [
+        np.flatnonzero(row[: len(s)] > 0) + 1 for row, s in zip(torch.stack(rewards, 1), solutions, strict=True)
+    ]
+    cut = [x[-1 if i % 2 else rng.integers(len(x))] for i, x in enumerate(arrivals)]
+    return torch.stack(boards)[np.maximum(0, cut - back), np.arange(len(levels))]
 
 
 def collect_transitions(args: Args, policy: Any, device: torch.device) -> dict[str, Tensor]:
     """`--model-frames` transitions for the model: frames (M, F, H, W) and next (M, H, W) as cells, action, reward, end.
 
-    Three quarters come from fresh levels, a quarter from boards near the end of a generated solution: random play
-    would never meet the last reward and the end otherwise (ours). `next` is the true next board, before any reset.
+    Three quarters come from fresh levels, a quarter from boards shortly before a box reaches its target in a generated
+    solution: random play would hardly meet these rewards and the end otherwise (ours). `next` is the true next board,
+    before any reset.
     """
     rng, parts = np.random.default_rng(args.seed), []
     settings = {"size": args.size, "num_boxes": args.num_boxes}
-    endings = near_the_end(*generate_levels(min(args.model_frames // 8, 1024), **settings, seed=args.seed), rng)
+    endings = near_rewards(*generate_levels(min(args.model_frames // 8, 1024), **settings, seed=args.seed), rng)
     stacked = (64, args.frame_stack, args.size, args.size)
     for share, levels, limit in ((0.75, None, args.max_episode_steps), (0.25, endings, 8)):
         settings |= {"levels": levels, "max_episode_steps": limit, "frame_stack": args.frame_stack}

@@ -65,7 +65,7 @@ def test_sets(size: int, boxes: int, num: int, agent_path: str | None) -> dict[s
     envs = SokobanVectorEnv(64, **settings)
     sets = {"random": transitions(envs, envs.reset(seed=77_777)[0], num, random_play)}
     levels, solutions = generate_levels(1024, **settings, seed=77_778)
-    along = i2a.near_the_end(levels, solutions, rng, most=60)
+    along = i2a.near_rewards(levels, solutions, rng, most=60)
     envs = SokobanVectorEnv(64, size=size, levels=along, max_episode_steps=8)
     sets["along solutions"] = transitions(envs, envs.reset(seed=77_779)[0], num, random_play)
     if agent_path and torch.load(agent_path, weights_only=True)["args"]["size"] == size:

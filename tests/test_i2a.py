@@ -128,21 +128,22 @@ def test_the_eight_symmetries_differ():
     assert len({tuple(i2a.symmetry(batch, which)["frames"].flatten().tolist()) for which in range(8)}) == 8
 
 
-def test_near_the_end_is_near_the_end():
+def test_boards_near_rewards_lie_on_solutions_shortly_before_an_arrival():
     levels, solutions = generate_levels(50, size=7, num_boxes=2, seed=3)
-    boards = i2a.near_the_end(levels, solutions, np.random.default_rng(0))
-    plays = torch.tensor([["udlr".index(m) + 1 for m in s[-8:].lower().rjust(8, "u")] for s in solutions])
-    solved = torch.zeros(50, dtype=torch.bool)
-    for skip in range(8):  # the last 1 ... 8 moves of its solution solve each board
-        envs = SokobanVectorEnv(50, size=7, levels=levels)
-        envs.reset(seed=1)
-        envs.set_state({"cells": boards})
-        over = torch.zeros(50, dtype=torch.bool)
-        for action in plays.T[skip:]:
-            _, _, terminated, _, _ = envs.step(torch.where(over, 0, action))
-            solved |= terminated & ~over
-            over |= terminated
-    assert solved.all()
+    starts = i2a.near_rewards(levels, solutions, np.random.default_rng(0))
+    rewards_ahead = []
+    for i, solution in enumerate(solutions):
+        envs = SokobanVectorEnv(1, size=7, levels=levels[i : i + 1])
+        boards, rewards = [envs.reset(options={"levels": levels[i : i + 1]})[0][0]], []
+        for move in solution.lower():
+            board, reward, *_ = envs.step(torch.tensor(["udlr".index(move) + 1]))
+            boards.append(board[0])
+            rewards.append(round(reward.item(), 1))
+        visits = [t for t, board in enumerate(boards[:-1]) if torch.equal(board, starts[i])]
+        rewards_ahead.append(max(max(rewards[t : t + 8]) for t in visits))
+    assert rewards_ahead[1::2] == [10.9] * 25  # every other one ends there
+    assert 0.9 in rewards_ahead[::2]
+    assert min(rewards_ahead) > 0
 
 
 @pytest.mark.parametrize("frame_stack", [1, 3])
