@@ -31,7 +31,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -245,6 +245,13 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
     return state
 
 
+def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint; exits if another script wrote it."""
+    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
+        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+    return Args(**state["args"])
+
+
 # `cells` as four planes (wall, target, box, player), one row a cell value: lossless, and fewer than one-hot's seven
 CELL_PLANES = ((1, 0, 0, 0), (0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), (0, 0, 0, 1), (0, 1, 0, 1))
 
@@ -277,7 +284,7 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
             env.reset()
             env.render()  # what is missing for it is said here
             env = gym.wrappers.RecordVideo(env, video)
-    except (gym.error.Error, ValueError) as e:
+    except (gym.error.Error, ValueError, ImportError) as e:
         sys.exit(f"can't make --env-id {args.env_id}: {str(e).splitlines()[0]}")
     if not isinstance(env.action_space, gym.spaces.Discrete):
         sys.exit(f"{args.env_id} has the action space {env.action_space}, DQN needs a Discrete one: try CartPole-v1")
@@ -291,7 +298,7 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
 def state_features(observations: Any, device: torch.device) -> Tensor:
     """Observations (E, ...) as features (E, S): vectors as they are, Sokoban's cells as planes."""
     observations = torch.as_tensor(np.asarray(observations), device=device)
-    return cell_planes(observations).flatten(1) if observations.dtype == torch.uint8 else observations.float()
+    return cell_planes(observations).flatten(1) if observations.ndim == 3 else observations.float()
 
 
 @torch.no_grad()
@@ -469,13 +476,18 @@ def model_errors(env_model: DeltaModel, rows: Tensor, mask: Tensor) -> dict[str,
 
 def check_dyna_dqn(args: Args) -> None:
     least = {
-        "num_seeds": 1, "planning_steps": 0, "imagination_depth": 1, "total_timesteps": 1, "buffer_size": 1,
+        "seed": 0, "num_seeds": 1, "planning_steps": 0, "imagination_depth": 1, "total_timesteps": 1, "buffer_size": 1,
         "batch_size": 1, "learning_starts": 0, "train_frequency": 1, "target_network_frequency": 1,
         "model_updates": 1, "model_batch_size": 1, "num_levels": 0, "eval_frequency": 1, "eval_episodes": 1,
     }  # fmt: skip
     for name, value in least.items():
         if getattr(args, name) < value:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {value} or more")
+    for name in ("learning_rate", "model_learning_rate"):
+        if getattr(args, name) <= 0:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if min(*args.hidden, *args.model_hidden, 1) < 1:
+        sys.exit(f"--hidden {args.hidden} --model-hidden {args.model_hidden}: a layer has at least one unit")
     for name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction", "planning_epsilon"):
         if not 0 <= getattr(args, name) <= 1:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
@@ -490,7 +502,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state is not None:
-        args = Args(**state["args"] | {"evaluate": args.evaluate, "resume": args.resume, "track": args.track})
+        given = ("evaluate", "resume", "track", "eval_episodes") if args.evaluate else ("evaluate", "resume", "track")
+        args = replace(saved_args(path, state), **{name: getattr(args, name) for name in given})
     run_name = state["run_name"] if state else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     seed_everything(args.seed, args.torch_deterministic)
     E, K, B, D = args.num_seeds, args.planning_steps, args.batch_size, args.imagination_depth
@@ -519,6 +532,8 @@ def main(args: Args) -> list[dict[str, Any]]:
         replay[:, : state["replay"].shape[1]] = state["replay"]
         rng.set_state(state["rng"].cpu())
         coin.seed(f"{args.seed} {done_steps}")
+        if args.resume and done_steps >= args.total_timesteps:
+            sys.exit(f"{path} has had all of its {done_steps} steps: --evaluate it, or train anew with more")
     if args.evaluate:
         returns, _, _ = greedy_rollouts(eval_envs, q_net, E, device, seed=10_000 + args.seed)
         half = 1.96 * returns.std() / math.sqrt(returns.size)
@@ -631,7 +646,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             reached |= returns.mean(1) >= (math.inf if args.stop_return is None else args.stop_return)
             if reached.all():
                 break
-    if args.save_model:
+    if args.save_model and results:
         print(f"wrote {logger.path.with_name('agent.pt')}")
     logger.close()
     for env in envs:

@@ -26,7 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -91,7 +91,7 @@ class Args:
     num_boxes: int = 1
     """Sokoban: boxes"""
     level_seed: int = 11
-    """Sokoban: which generated level, the same in every episode (11: the longest solution of the first dozen)"""
+    """Sokoban: which generated level, the same in every episode (11: of the first dozen, the longest to solve)"""
     log_frequency: int = 1000
     """real steps between rows of metrics (0: none)"""
     evaluate: str | None = None
@@ -209,6 +209,13 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
     return state
 
 
+def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint; exits if another script wrote it."""
+    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
+        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+    return Args(**state["args"])
+
+
 # ------------------------------------------------------------------------------------------------------ environments
 
 # `S` start, `G` goal, `#` wall. Figures 8.2, 8.4 and 8.5 of the book.
@@ -307,14 +314,15 @@ def make_table_env(args: Args, video: str | None = None) -> gym.Env:
             env.reset()
             env.render()  # what is missing for it is said here
             env = gym.wrappers.RecordVideo(env, video)
-    except (gym.error.Error, ValueError) as e:
+    except (gym.error.Error, ValueError, ImportError) as e:
         sys.exit(f"can't make --env-id {args.env_id}: {str(e).splitlines()[0]}; this file's own are {', '.join(MAZES)}")
     states, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Discrete):
         sys.exit(f"{args.env_id} has the action space {actions}, tables need a Discrete one: take dyna_q's mazes")
     parts = states.spaces if isinstance(states, gym.spaces.Tuple) else [states]
-    if any(isinstance(p, gym.spaces.Box) and p.dtype.kind not in "iu" for p in parts):
-        sys.exit(f"{args.env_id} has the continuous states {states}, tables need discrete ones: take dyna_dqn.py")
+    countable = len(parts) == 1 and isinstance(states, gym.spaces.Box) and states.dtype.kind in "iu"
+    if not countable and not all(isinstance(p, gym.spaces.Discrete) for p in parts):
+        sys.exit(f"{args.env_id} has the states {states}, tables need discrete ones: for vectors take dyna_dqn.py")
     return env
 
 
@@ -382,7 +390,7 @@ def check_dyna_q(args: Args) -> None:
             sys.exit(f"--{name} {getattr(args, name)}: must be from 0 to 1")
     if not 0 < args.alpha <= 1:
         sys.exit(f"--alpha {args.alpha}: must be above 0 and at most 1")
-    for name in ("kappa", "theta", "num_episodes", "log_frequency"):
+    for name in ("seed", "kappa", "theta", "num_episodes", "log_frequency"):
         if getattr(args, name) < 0:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
     for name in ("total_timesteps", "maze_scale", "eval_episodes"):
@@ -399,9 +407,10 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
     check_dyna_q(args)
     if args.evaluate:
         state = load_checkpoint(args.evaluate, "cpu")
-        env = make_table_env(Args(**state["args"]))
+        env = make_table_env(saved_args(args.evaluate, state))
         if isinstance(env.unwrapped, MazeEnv):
-            env.unwrapped.age = state["global_step"]  # a maze that changed stays so
+            changed = state["global_step"] >= env.unwrapped.change_step
+            env.unwrapped.change_step = 0 if changed else math.inf  # the walls stay as the run left them
         ids = {bytes.fromhex(k) if isinstance(k, str) else k: i for i, k in enumerate(state["states"])}
         returns, lengths = greedy_episodes(env, state["Q"].tolist(), ids, args.eval_episodes, args.seed)
         half = 1.96 * returns.std() / math.sqrt(len(returns))

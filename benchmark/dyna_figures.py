@@ -4,8 +4,9 @@
     OMP_NUM_THREADS=1 python benchmark/dyna_figures.py --parts maze --seeds 30      # figure 8.2 alone
     OMP_NUM_THREADS=1 python benchmark/dyna_figures.py --seeds 2 --output-dir OUT --figure-dir OUT   # does it run?
 
-Seeds are 1 to `--seeds`, none left out. Each part writes benchmark/results/dyna_q_<part>.csv and a figure in docs/, and
-its lines of benchmark/results/dyna_q_summary.csv. Intervals are 95 %: 1.96 standard errors over the seeds.
+Seeds are 1 to `--seeds`, none left out. Each part writes its table benchmark/results/dyna_q_<part>.csv, a figure in
+docs/ (`sokoban` only the table, `speed` neither), and its lines of benchmark/results/dyna_q_summary.csv. Intervals are
+95 %: 1.96 standard errors over the seeds.
 """
 
 import csv
@@ -489,7 +490,7 @@ def frozenlake(args: Args) -> None:
 
 
 def sokoban_run(settings: dict[str, Any], seed: int) -> float:
-    """Real steps until the first of 10 episodes in a row that take at most 22 steps each (twice the solution)."""
+    """Real steps until the first of 10 episodes in a row that take at most 22 steps each (the generator's solution has 11)."""
     result = dyna_q.main(
         dyna_q.Args(env_id="Sokoban-v0", seed=seed, gamma=0.99, total_timesteps=10_000, log_frequency=0, **settings)
     )

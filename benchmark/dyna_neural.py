@@ -7,9 +7,10 @@
 Seeds are 1 to `--seeds`, trained `--lockstep` at once. A run that has ended leaves its own CSV file in
 benchmark/results/dyna_neural, one row an evaluation (10 greedy episodes); a run whose file exists isn't repeated, so
 that an interrupted grid goes on. A run reaches a return at its first evaluation whose mean is that or more; the curves
-go on behind it, but CleanRL's stop there, so they run one by one. A run that never gets there counts with all its
-steps, which is less than the truth. Interquartile mean: of the middle half of the seeds; intervals are 95 % bootstrap
-ones over the seeds.
+go on behind it, but CleanRL's stop there, so they run one by one. CleanRL's runs are evaluated every 2,500 real steps,
+the others every 500: ratios take all modes at multiples of 2,500, or the others would have five times the lucky draws.
+A run that never gets there counts with all its steps, which is less than the truth. Interquartile mean: of the middle
+half of the seeds; intervals are 95 % bootstrap ones over the seeds. Replay against model: a permutation test.
 """
 
 import csv
@@ -117,10 +118,13 @@ def run(env_id: str, mode: str, first_seed: int, num_seeds: int, folder: pathlib
     )  # fmt: skip
 
 
-def steps_to(rows: list[dict[str, float]], goal: float) -> tuple[float, bool]:
-    """Real steps until the goal, or all of the run's, and whether it got there."""
+def steps_to(rows: list[dict[str, float]], goal: float, every: int = 1) -> tuple[float, bool]:
+    """Real steps to the first evaluation, of those at multiples of `every`, that meets the goal, and whether one does.
+
+    Without one: all steps of the run.
+    """
     for row in rows:
-        if row["eval/return"] >= goal:
+        if row["eval/return"] >= goal and row["global_step"] % every == 0:
             return row["global_step"], True
     return rows[-1]["global_step"], False
 
@@ -139,6 +143,14 @@ def bootstrap(values: Any, num: int = 10_000) -> np.ndarray:
     return iqm(values[draws], 1)
 
 
+def permutation_p(x: Any, y: Any, num: int = 10_000) -> float:
+    """How often seeds dealt anew to x and y differ in the interquartile mean as much as x and y do."""
+    both, rng = np.array([*x, *y], dtype=float), np.random.default_rng(2)
+    dealt = rng.permuted(np.tile(both, (num, 1)), axis=1)
+    differences = np.abs(iqm(dealt[:, : len(x)], 1) - iqm(dealt[:, len(x) :], 1))
+    return float((differences >= abs(iqm(x) - iqm(y)) - 1e-9).mean())
+
+
 def hardware() -> str:
     cpu = platform.processor() or "unknown"
     if pathlib.Path("/proc/cpuinfo").exists():
@@ -151,24 +163,27 @@ def report(args: Args, folder: pathlib.Path) -> None:
     table: list[dict[str, Any]] = []
     figure, axes = plt.subplots(2, len(args.env_ids), figsize=(5.5 * len(args.env_ids), 6.5), squeeze=False)
     print(
-        "| environment | mode | seeds | reached | real steps (IQM) | 95 % | CleanRL's / these | 95 % | CPU s a seed |"
+        "| environment | mode | seeds | reached | real steps (IQM) | 95 % | reached, by 2,500 | real steps | "
+        "CleanRL's / these | 95 % | CPU s a seed |"
     )
-    print("|---|---|--:|--:|--:|---|--:|---|--:|")
+    print("|---|---|--:|--:|--:|---|--:|--:|--:|---|--:|")
     for column, env_id in enumerate(args.env_ids):
-        goal, resampled, steps = GOALS[env_id], {}, {}
+        goal, fine, coarse = GOALS[env_id], {}, {}
         for mode in MODES:
             paths = [folder / f"{env_id}__{mode}__{seed}.csv" for seed in range(1, args.seeds + 1)]
             runs = [read(path) for path in paths if path.exists()]
             if not runs:
                 continue
             reached = [steps_to(rows, goal) for rows in runs]
-            steps[mode] = [step for step, _ in reached]
-            resampled[mode] = bootstrap(steps[mode])
+            steps = fine[mode] = [step for step, _ in reached]
+            coarse[mode] = [steps_to(rows, goal, CLEANRL["eval_frequency"]) for rows in runs]
+            low, high = np.quantile(bootstrap(steps), (0.025, 0.975))
             row = {
                 "env_id": env_id, "mode": mode, "goal": goal, "seeds": len(runs),
                 "reached": sum(ok for _, ok in reached), "budget": int(max(rows[-1]["global_step"] for rows in runs)),
-                "steps_iqm": float(iqm(steps[mode])), "steps_low": float(np.quantile(resampled[mode], 0.025)),
-                "steps_high": float(np.quantile(resampled[mode], 0.975)), "steps_median": float(np.median(steps[mode])),
+                "steps_iqm": float(iqm(steps)), "steps_low": float(low), "steps_high": float(high),
+                "steps_median": float(np.median(steps)), "reached_coarse": sum(ok for _, ok in coarse[mode]),
+                "steps_coarse_iqm": float(iqm([step for step, _ in coarse[mode]])),
                 "cpu_seconds": float(np.mean([rows[-1]["cpu_seconds"] for rows in runs])),
             }  # fmt: skip
             if mode != "cleanrl":  # all runs are of one length: learning curves
@@ -190,17 +205,20 @@ def report(args: Args, folder: pathlib.Path) -> None:
             table.append(row)
         for row in table:
             mode = row["mode"]
-            if row["env_id"] == env_id and "cleanrl" in steps and mode != "cleanrl":
-                ratios = np.random.default_rng(1).permutation(resampled["cleanrl"]) / resampled[mode]
-                row["ratio"] = float(iqm(steps["cleanrl"]) / row["steps_iqm"])
+            if row["env_id"] == env_id and "cleanrl" in coarse and mode != "cleanrl":
+                theirs, ours = ([step for step, _ in coarse[which]] for which in ("cleanrl", mode))
+                ratios = np.random.default_rng(1).permutation(bootstrap(theirs)) / bootstrap(ours)
+                row["ratio"] = float(iqm(theirs) / iqm(ours))
                 row["ratio_low"], row["ratio_high"] = map(float, np.quantile(ratios, (0.025, 0.975)))
+        if {"replay", "model"} <= {*fine}:
+            (row,) = (row for row in table if row["env_id"] == env_id and row["mode"] == "model")
+            row["replay_model_p"] = permutation_p(fine["replay"], fine["model"])
         axes[0, column].axhline(goal, color="black", lw=0.8, ls=":")
         axes[0, column].set(title=env_id, xlabel="real steps", ylabel="return of the greedy policy")
         if len(axes[0, column].lines) > 1:
             axes[0, column].legend(loc="lower right")
-        axes[1, column].set(
-            yscale="log", ylim=(1e-4, 2), xlabel="real steps", ylabel="the model's error on unseen steps"
-        )
+        axes[1, column].set(ylim=(0, 2), xlabel="real steps", ylabel="the model's error on unseen steps")
+        axes[1, column].set_yscale("symlog", linthresh=1e-3)  # an error can be 0
         if axes[1, column].lines:
             axes[1, column].legend(loc="upper right")
     for row in table:
@@ -208,11 +226,13 @@ def report(args: Args, folder: pathlib.Path) -> None:
         less = "" if row["reached"] == row["seeds"] else "≥ "
         print(
             f"| {row['env_id']} | {row['mode']} | {row['seeds']} | {row['reached']} | {less}{row['steps_iqm']:.0f} | "
-            f"{row['steps_low']:.0f} to {row['steps_high']:.0f} | {ratio} | {row['cpu_seconds']:.0f} |"
+            f"{row['steps_low']:.0f} to {row['steps_high']:.0f} | {row['reached_coarse']} | "
+            f"{row['steps_coarse_iqm']:.0f} | {ratio} | {row['cpu_seconds']:.0f} |"
         )
         row["hardware"] = hardware()
     write(pathlib.Path(args.output_dir) / "dyna_dqn_summary.csv", table)
     figure.tight_layout()
+    pathlib.Path(args.figure_dir).mkdir(parents=True, exist_ok=True)
     figure.savefig(pathlib.Path(args.figure_dir) / "dyna_dqn.png", dpi=110)
 
 
@@ -229,10 +249,12 @@ def lockstep_speed(args: Args) -> None:
         for num_seeds in (1, 10):
             common = {"planning": mode, "num_seeds": num_seeds, "learning_starts": 50, "eval_episodes": 1}
             with tempfile.TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
-                home, start = os.getcwd(), time.process_time()
+                home = os.getcwd()
                 os.chdir(scratch)
                 try:
-                    result = dyna_dqn.main(dyna_dqn.Args(total_timesteps=250, eval_frequency=250, **common))
+                    for steps in (100, 650):  # the first run warms up
+                        start = time.process_time()
+                        result = dyna_dqn.main(dyna_dqn.Args(total_timesteps=steps, eval_frequency=steps, **common))
                 finally:
                     os.chdir(home)
                 milliseconds = 1000 * (time.process_time() - start) / result[-1]["charts/updates"]

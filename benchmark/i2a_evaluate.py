@@ -2,6 +2,7 @@
 
 python benchmark/i2a_evaluate.py boxes agent.pt
 python benchmark/i2a_evaluate.py search agent.pt --env-model perfect
+python benchmark/i2a_evaluate.py lesions agent.pt
 python benchmark/i2a_evaluate.py picture agent.pt --output docs/i2a_imagined.png
 """
 
@@ -20,6 +21,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from i2a_model import write_rows
+
 import i2a
 from sokoban_env import SokobanVectorEnv, convert_observation
 
@@ -55,6 +58,49 @@ def random_play(flags: Random) -> None:
     networks = i2a.make_networks(args, CPU)
     torch.nn.init.zeros_(networks["agent"].actor.weight)
     print(json.dumps(settings | i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)[0]))
+
+
+@dataclass
+class Lesions:
+    """What is left of a trained agent without one of its parts: benchmark/results/i2a_lesions.csv."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """agent.pt or checkpoint.pt of an i2a agent"""
+    episodes: int = 1000
+    """held-out levels"""
+
+
+def silence(module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+    """Let the module's output be nothing: negative before a ReLU is 0 after it."""
+    return module.register_forward_hook(lambda _module, _inputs, output: torch.full_like(output, -1.0))
+
+
+def lesions(flags: Lesions) -> None:
+    args, networks = load(flags.path, eval_episodes=flags.episodes)
+    agent, env_model, rollout_policy = networks["agent"], networks["env_model"], networks["rollout_policy"]
+    rows = []
+
+    def measure(name: str, **changes: object) -> None:
+        metrics, _ = i2a.evaluate(replace(args, **changes), networks, i2a.held_out_levels(args), CPU)
+        rows.append({"agent": flags.path, "lesion": name, "levels": flags.episodes} | metrics)
+        print(f"{name}: {metrics['eval/solved']:.3f}", flush=True)
+
+    measure("none")
+    for depth in (1, 2, 5):
+        measure(f"imagines {depth} steps, not {args.imagination_depth}", imagination_depth=depth)
+    measure("no imagined rewards", reward_prediction=False)
+    networks["env_model"] = i2a.CopyModel(args.observation, args.frame_stack, args.model_width)
+    measure("imagines that nothing moves or pays")
+    networks["env_model"] = env_model
+    networks["rollout_policy"] = torch.nn.Sequential(rollout_policy, torch.nn.Threshold(torch.inf, 0.0))  # logits 0
+    measure("rollouts act at random")
+    networks["rollout_policy"] = rollout_policy
+    handle = silence(agent.dense)
+    measure("no model-free path")
+    handle.remove()
+    agent.encoder.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+    measure("no embeddings")
+    write_rows(rows, "i2a_lesions.csv")
 
 
 @dataclass
@@ -178,6 +224,6 @@ def picture(flags: Picture) -> None:
 
 if __name__ == "__main__":
     command = tyro.extras.subcommand_cli_from_dict({
-        "random": Random, "boxes": Boxes, "search": Search, "picture": Picture,
+        "random": Random, "lesions": Lesions, "boxes": Boxes, "search": Search, "picture": Picture,
     })  # fmt: skip
-    {Random: random_play, Boxes: boxes, Search: search, Picture: picture}[type(command)](command)
+    {Random: random_play, Lesions: lesions, Boxes: boxes, Search: search, Picture: picture}[type(command)](command)

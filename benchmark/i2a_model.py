@@ -85,6 +85,18 @@ def test_sets(size: int, boxes: int, num: int, agent_path: str | None) -> dict[s
     return sets
 
 
+def write_rows(rows: list[dict], name: str) -> list[str]:
+    """The rows as benchmark/results/`name`; returns the columns."""
+    target = ROOT / "benchmark" / "results" / name
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with target.with_suffix(".tmp").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(target.with_suffix(".tmp"), target)
+    return columns
+
+
 def main(args: Args) -> None:
     rows = []
     for task in args.tasks:
@@ -106,13 +118,7 @@ def main(args: Args) -> None:
                 row = {"task": task, "seed": seed, "states": name, "model_frames": settings.model_frames}
                 rows.append(row | {"seconds": round(seconds, 1)} | {k[6:]: round(v, 5) for k, v in metrics.items()})
                 print(rows[-1], flush=True)
-    target = ROOT / "benchmark" / "results" / "i2a_model.csv"
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with target.with_suffix(".tmp").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(target.with_suffix(".tmp"), target)
+    columns = write_rows(rows, "i2a_model.csv")
     for task in args.tasks:
         for name in dict.fromkeys(row["states"] for row in rows if row["task"] == task):
             chosen = [copy.copy(row) for row in rows if row["task"] == task and row["states"] == name]

@@ -302,7 +302,10 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
     (path,) = tmp_path.glob("runs/*/agent.pt")
     state = torch.load(path, weights_only=True)
     assert state["replay"].shape == (1, 120, 11) and state["num_rows"] == 3
-    assert main(Args(evaluate=str(path)))[0]["eval/return"][0] > 0
+    assert main(Args(evaluate=str(path), eval_episodes=3))[0]["eval/return"][0] > 0
+    assert "policy, 3 episodes" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has had all of its 120 steps"):
+        main(Args(resume=str(path)))
     # as if it had been stopped half way
     state["global_step"], state["num_rows"] = 80, 2
     torch.save(state, path)
@@ -310,6 +313,9 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
     assert [r["global_step"] for r in rows] == [120]
     lines = (path.parent / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["global_step", "40", "80", "120"]
+    torch.save({"args": {"size": 7}}, path)
+    with pytest.raises(SystemExit, match=r"agent\.pt is of another script or version: the flags .*planning"):
+        main(Args(evaluate=str(path)))
     path.write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="damaged"):
         main(Args(resume=str(path)))
@@ -334,6 +340,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         ({"imagination_depth": 3}, "--imagination-depth 3.*divide"),
         ({"imagination_depth": 2, "planning": "replay"}, "--planning model"),
         ({"batch_size": 0}, "--batch-size"),
+        ({"hidden": (64, 0)}, "--hidden"),
+        ({"model_learning_rate": -1.0}, "--model-learning-rate -1"),
+        ({"env_id": "no_such_module:Pole-v0"}, "no_such_module"),
         ({"env_id": "Sokoban-v0", "num_boxes": 9}, "num_boxes=9"),
         ({"evaluate": "no_such_file.pt"}, "can't read no_such_file.pt"),
     ],

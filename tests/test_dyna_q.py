@@ -6,6 +6,7 @@ import statistics
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import dyna_q
 from dyna_q import Args, main
@@ -337,13 +338,29 @@ def test_a_changed_maze_is_evaluated_as_it_is_now(tmp_path, monkeypatch):
     assert main(Args(evaluate=str(path), eval_episodes=1))["lengths"][0] >= 16
 
 
+def test_an_evaluation_moves_no_walls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(Args(env_id="BlockingMaze-v0", planning_steps=20, total_timesteps=990, save_model=True, log_frequency=0))
+    (path,) = tmp_path.glob("runs/*/agent.pt")
+    lengths = main(Args(evaluate=str(path), eval_episodes=20))["lengths"]  # the walls would move at step 1000
+    assert lengths.max() < 50
+
+
+def test_a_checkpoint_of_another_script_is_refused(tmp_path):
+    path = tmp_path / "agent.pt"
+    torch.save({"args": {"size": 7}}, path)
+    with pytest.raises(SystemExit, match=r"agent\.pt is of another script or version: the flags .*alpha"):
+        main(Args(evaluate=str(path)))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"planning_steps": -1}, "--planning-steps -1"),
+        ({"env_id": "no_such_module:Maze-v0"}, "no_such_module"),
         ({"env_id": "NoMaze-v0"}, "NoMaze.*DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0"),
         ({"env_id": "Pendulum-v1"}, "action space.*Discrete"),
-        ({"env_id": "CartPole-v1"}, "continuous states.*dyna_dqn.py"),
+        ({"env_id": "CartPole-v1"}, "states.*dyna_dqn.py"),
         ({"alpha": 0.0}, "--alpha"),
         ({"epsilon": 1.5}, "--epsilon"),
         ({"gamma": -0.1}, "--gamma"),
