@@ -490,7 +490,7 @@ def frozenlake(args: Args) -> None:
 
 
 def sokoban_run(settings: dict[str, Any], seed: int) -> float:
-    """Real steps until the first of 10 episodes in a row that take at most 22 steps each (the generator's solution has 11)."""
+    """Real steps until the first of 10 episodes in a row of at most 22 steps each (the generator solves it in 11)."""
     result = dyna_q.main(
         dyna_q.Args(env_id="Sokoban-v0", seed=seed, gamma=0.99, total_timesteps=10_000, log_frequency=0, **settings)
     )
