@@ -17,12 +17,12 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import functools
 import json
 import math
 import os
 import pathlib
-import pickle
 import random
 import signal
 import sys
@@ -45,6 +45,7 @@ from sokoban_env import SokobanVectorEnv, convert_observation, generate_levels
 A = 5  # actions: no-op, up, down, left, right
 REWARDS = (-1.1, -0.1, 0.9, 10.9)  # every reward that Sokoban pays
 EVAL_SEED = 10**9  # of the held-out levels
+TRANSITION = ("frames", "next", "action", "reward", "end")  # what the environment model learns from
 
 
 @dataclass
@@ -286,9 +287,9 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
         state = torch.load(path, map_location=device, weights_only=True)
     except OSError as e:
         sys.exit(f"can't read {path}: {e.strerror}")
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+    except Exception:  # a damaged file can fail anywhere in torch's reader
         sys.exit(f"{path} is damaged, or no checkpoint of this project: train one, or take an older copy")
-    if not isinstance(state, dict) or "args" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
         sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
     return state
 
@@ -440,6 +441,7 @@ class PerfectModel(nn.Module):
         super().__init__()
         self.kind, self.size, self.envs = kind, size, None
 
+    @torch.compiler.disable  # the simulator's steps are not for torch.compile
     def predict(self, frames: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cells = convert_observation(frames[:, -1], self.kind, "cells")
         if self.envs is None or self.envs.num_envs != len(cells):
@@ -602,22 +604,24 @@ def near_rewards(levels: Tensor, solutions: list[str], rng: np.random.Generator,
     return torch.stack(boards)[np.maximum(0, cut - back), np.arange(len(levels))]
 
 
-def collect_transitions(args: Args, policy: Any, device: torch.device) -> dict[str, Tensor]:
-    """`--model-frames` transitions for the model: frames (M, F, H, W) and next (M, H, W) as cells, action, reward, end.
+def collect_transitions(
+    args: Args, policy: Any, num: int, seed: int, device: torch.device, levels: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`num` transitions for the model: frames (M, F, H, W) and next (M, H, W) as cells, action, reward, end.
 
-    Three quarters come from fresh levels, a quarter from boards shortly before a box reaches its target in a generated
-    solution: random play would hardly meet these rewards and the end otherwise (ours). `next` is the true next board,
-    before any reset.
+    Three quarters come from fresh levels (of `levels`, if given), a quarter from boards shortly before a box reaches
+    its target in a generated solution: random play would hardly meet these rewards and the end otherwise (ours).
+    `next` is the true next board, before any reset.
     """
-    rng, parts = np.random.default_rng(args.seed), []
+    rng, parts = np.random.default_rng(seed), []
     settings = {"size": args.size, "num_boxes": args.num_boxes}
-    endings = near_rewards(*generate_levels(min(args.model_frames // 8, 1024), **settings, seed=args.seed), rng)
+    near = near_rewards(*generate_levels(max(1, min(num // 8, 1024)), **settings, seed=seed), rng)
     stacked = (64, args.frame_stack, args.size, args.size)
-    for share, levels, limit in ((0.75, None, args.max_episode_steps), (0.25, endings, 8)):
-        settings |= {"levels": levels, "max_episode_steps": limit, "frame_stack": args.frame_stack}
+    for share, boards, limit in ((0.75, levels, args.max_episode_steps), (0.25, near, 8)):
+        settings |= {"levels": boards, "max_episode_steps": limit, "frame_stack": args.frame_stack}
         envs = SokobanVectorEnv(64, **settings, device=device)
-        observation, _ = envs.reset(seed=args.seed)
-        for _ in range(round(share * args.model_frames / 64)):
+        observation, _ = envs.reset(seed=seed)
+        for _ in range(round(share * num / 64)):
             frames = observation.reshape(stacked)
             noise = torch.as_tensor(rng.exponential(size=(64, A)), dtype=torch.float32, device=device)
             seen = convert_observation(frames, "cells", args.observation)
@@ -627,8 +631,7 @@ def collect_transitions(args: Args, policy: Any, device: torch.device) -> dict[s
             if "final_obs" in info:
                 following[info["_final_obs"]] = info["final_obs"].reshape(-1, *stacked[1:])[:, -1]
             parts.append((frames, following, action, reward, end))
-    names = ("frames", "next", "action", "reward", "end")
-    return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
+    return dict(zip(TRANSITION, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
 # The actions after a quarter turn counter-clockwise (up becomes left, down right, left down, right up), and mirrored
@@ -688,16 +691,16 @@ def model_metrics(env_model: nn.Module, data: dict[str, Tensor], suffix: str = "
 
 
 def pretrain_model(
-    env_model: EnvModel, data: dict[str, Tensor], args: Args, rng: torch.Generator, logger: Logger
-) -> None:
-    """Fit the model until accuracy on a held-out tenth stops improving, and keep its best weights.
+    env_model: EnvModel, data: dict[str, Tensor], held_out: dict[str, Tensor], args: Args, rng: torch.Generator,
+    logger: Logger, stop: list[int],
+) -> None:  # fmt: skip
+    """Fit the model until `held_out`, transitions of other levels, is all right three times in a row, or to the end of
+    `--model-steps`, and keep the best weights. `stop` that is not empty ends it at once.
 
     Half of each batch is uniform, half in proportion to each transition's latest loss: so the rare ones (pushes,
     blocked pushes, rewards) are seen most. Each batch stands under one of the board's symmetries. (Both are ours.)
     """
-    num, size = len(data["action"]), 64
-    order = torch.randperm(num, generator=rng, device=rng.device)
-    held_out, data = ({k: v[i] for k, v in data.items()} for i in (order[: num // 10], order[num // 10 :]))
+    size = 64
     optimizer = torch.optim.Adam(env_model.parameters(), args.model_learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.model_steps)
     priority = torch.full((len(data["action"]),), 1e3, device=rng.device)
@@ -713,7 +716,9 @@ def pretrain_model(
         nn.utils.clip_grad_norm_(env_model.parameters(), 10.0)
         optimizer.step()
         schedule.step()
-        priority[index] = loss.detach() + 1e-6
+        priority[index] = loss.detach().nan_to_num(1e3).clamp(1e-6, 1e6)  # a loss that is no number stops at the row
+        if stop:
+            return
         if (step + 1) % 500 == 0 or step + 1 == args.model_steps:
             metrics = model_metrics(env_model, held_out)
             logger.log(args.model_frames, metrics | {"losses/model": loss.mean().item(), "model/step": step + 1})
@@ -728,21 +733,20 @@ def pretrain_model(
 # ------------------------------------------------------------------------------------------------ building and playing
 
 
-class PretrainedPolicy(nn.Module):
+class PretrainedPolicy(I2AAgent):
     """A frozen model-free agent, as rollout policy or to collect the model's data."""
 
-    def __init__(self, args: Args, device: torch.device) -> None:
-        super().__init__()
-        self.agent = I2AAgent(replace(args, agent="model-free")).to(device).requires_grad_(False)
-        saved = load_checkpoint(args.pretrained_path, device)["networks"]
-        load_networks(self.agent, saved, args.pretrained_path, "agent.")
+    def __init__(self, args: Args) -> None:
+        super().__init__(replace(args, agent="model-free"))
+        self.requires_grad_(False)
 
     def forward(self, frames: Tensor) -> Tensor:
-        return self.agent(frames, None)[0]
+        return super().forward(frames, None)[0]
 
 
-def load_networks(networks: nn.Module, saved: dict[str, Tensor], path: str, prefix: str = "") -> None:
-    """Load the weights whose names start with `prefix`; exits if they are of other parts or sizes."""
+def load_networks(networks: nn.Module, state: dict[str, Any], path: str, prefix: str = "") -> None:
+    """Load a file's weights whose names start with `prefix`; exits if they are of other parts or sizes."""
+    saved = state.get("networks", {})
     try:
         networks.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
     except RuntimeError as e:
@@ -762,7 +766,7 @@ def make_networks(args: Args, device: torch.device) -> nn.ModuleDict:
         if args.rollout_policy == "distilled":
             networks["rollout_policy"] = RolloutPolicy(args.observation, args.frame_stack, board_pixels(args))
         elif args.rollout_policy == "pretrained":
-            networks["rollout_policy"] = PretrainedPolicy(args, device)
+            networks["rollout_policy"] = PretrainedPolicy(args)
     return networks.to(device)
 
 
@@ -780,8 +784,9 @@ def imagination(args: Args, networks: nn.ModuleDict, rng: torch.Generator) -> An
 
 
 @torch.no_grad()
-def depth_metrics(args: Args, networks: nn.ModuleDict, frames: Tensor, rng: torch.Generator) -> dict[str, float]:
+def depth_metrics(args: Args, networks: nn.ModuleDict, frames: Tensor, seed: int) -> dict[str, float]:
     """The share of rollouts imagined exactly as the simulator plays them, up to each depth."""
+    rng = torch.Generator(frames.device).manual_seed(seed)  # its own: measuring must not change what follows
     rollout_policy = getattr(networks, "rollout_policy", None)
     noise = torch.empty(args.imagination_depth, len(frames) * A, A, device=frames.device).exponential_(generator=rng)
     models = (networks["env_model"], PerfectModel(args.observation, args.size))
@@ -861,19 +866,29 @@ def write_gif(path: pathlib.Path, boards: Tensor) -> None:
 
 def check_args(args: Args) -> None:
     """Refuse flags that can't work, before anything is written."""
-    for name in ("num_envs", "num_steps", "log_frames", "eval_episodes", "model_steps", "model_width"):
-        if getattr(args, name) < 1:
-            sys.exit(f"{name} is {getattr(args, name)}, must be at least 1")
+    least = {
+        "num_envs": 1, "num_steps": 1, "log_frames": 1, "eval_episodes": 1, "model_steps": 1, "model_width": 1,
+        "dense": 1, "lstm": 2, "num_boxes": 1, "max_episode_steps": 1, "model_frames": 1000, "seed": 0,
+    }  # fmt: skip
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            sys.exit(f"{name} is {getattr(args, name)}, must be at least {value}")
     channels = (args.cnn_channels, args.encoder_channels)
+    narrowest = min(min(widths, default=0) for widths in channels)
     pretrained = "pretrained" in (args.rollout_policy, args.model_data)
     learns = args.agent == "i2a" and args.env_model in ("learned", "poor")
     for wrong, message in (
         (args.agent == "i2a" and args.imagination_depth < 1, "imagination_depth must be at least 1 for agent i2a"),
         (not 1 <= args.frame_stack <= 4, f"frame_stack is {args.frame_stack}, must be 1 to 4"),
         (args.finetune_model and not learns, "--finetune-model needs --agent i2a and --env-model learned or poor"),
+        (args.env_model_path and not learns, "--env-model-path needs --agent i2a and --env-model learned or poor"),
         (pretrained and not args.pretrained_path, "`pretrained` needs --pretrained-path, a model-free agent's file"),
-        (args.model_frames < 1000, f"model_frames is {args.model_frames}, must be at least 1000"),
         (args.observation == "rgb" and max(map(len, channels)) > 3, "rgb has kernels for at most three convolutions"),
+        (narrowest < 1, f"cnn_channels and encoder_channels are {channels}, need widths of at least 1"),
+        (args.width_multiplier * min(args.dense, args.lstm / 2, narrowest) < 1, "width_multiplier: widths fall below 1"),
+        (min(args.learning_rate, args.model_learning_rate) <= 0, "a learning rate must be above 0"),
+        (not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1), "gamma and gae_lambda must be from 0 to 1"),
+        (args.seed >= EVAL_SEED // 1000, f"seed is {args.seed}, must be below {EVAL_SEED // 1000:,}"),
     ):  # fmt: skip
         if wrong:
             sys.exit(message)
@@ -886,8 +901,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[given.preset]))
     saved = load_checkpoint(path, "cpu")["args"]
     if unknown := set(saved) ^ {field.name for field in fields(Args)}:
-        sys.exit(f"{path} is of another script or version: the flags {sorted(unknown)} differ")
-    return tyro.cli(Args, args=argv, default=Args(**saved))
+        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+    args = tyro.cli(Args, args=argv, default=Args(**saved))
+    return replace(args, eval_levels=given.levels) if given.evaluate and given.levels else args
 
 
 def main(args: Args) -> None:
@@ -895,25 +911,37 @@ def main(args: Args) -> None:
     keep_freed_memory()
     cuda = args.cuda and torch.cuda.is_available()
     if "WORLD_SIZE" in os.environ:  # torchrun
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Rank 0 alone pretrains the model, and may take long
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(1000 * args.seed + rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     networks = make_networks(args, device)
+    eval_levels = held_out_levels(args)
     state = load_checkpoint(args.evaluate or args.resume, device) if args.evaluate or args.resume else None
     if state:
-        load_networks(networks, state["networks"], args.evaluate or args.resume)
+        load_networks(networks, state, args.evaluate or args.resume)
     if args.evaluate:
         with autocast:
-            metrics, boards = evaluate(args, networks, held_out_levels(args), device)
+            metrics, boards = evaluate(args, networks, eval_levels, device)
         print(f"{args.evaluate}, trained on {state['global_step']:,} frames: {json.dumps(metrics)}")
         if args.capture_video:
             write_gif(pathlib.Path(args.evaluate).with_suffix(".gif"), boards[:, :8])
         return
 
     # ---- everything that the loop touches
+    if state and "processes" not in state:
+        sys.exit(f"{args.resume} holds weights only: --evaluate it, or --resume the checkpoint.pt beside it")
+    teacher = args.pretrained_path if args.rollout_policy == "pretrained" else None
+    for name, path, prefix in (("env_model", args.env_model_path, "env_model."), ("rollout_policy", teacher, "agent.")):
+        if path and name in networks and not state:
+            load_networks(networks[name], load_checkpoint(path, device), path, prefix)
+    collector = None
+    if args.model_data == "pretrained" and not (state and state["has_model"]):
+        collector = PretrainedPolicy(args).to(device)
+        load_networks(collector, load_checkpoint(args.pretrained_path, device), args.pretrained_path, "agent.")
     try:
         levels = sokoban_env.load_levels(args.levels, args.size) if args.levels else None
         envs = SokobanVectorEnv(
@@ -964,17 +992,23 @@ def main(args: Args) -> None:
                 "has_model": has_model, "minutes": minutes + (time.time() - started) / 60, "rows": len(logger.rows),
             })  # fmt: skip
 
+    stop: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
     # ---- the environment model comes first: learned once, then frozen
     if not has_model:
         save()
         env_model = networks["env_model"].requires_grad_()
-        if args.env_model_path:
-            saved = load_checkpoint(args.env_model_path, device)["networks"]
-            load_networks(env_model, saved, args.env_model_path, "env_model.")
-        else:
+        if not args.env_model_path:
             if rank == 0:
-                policy = PretrainedPolicy(args, device) if args.model_data == "pretrained" else None
-                pretrain_model(env_model, collect_transitions(args, policy, device), args, rng, logger)
+                tenth, seed = args.model_frames // 10, args.seed
+                data = collect_transitions(args, collector, args.model_frames - tenth, seed, device, levels)
+                held_out = collect_transitions(args, collector, tenth, EVAL_SEED // 2 + seed, device, levels)
+                pretrain_model(env_model, data, held_out, args, rng, logger, stop)
+            if stop and world == 1:
+                sys.exit(
+                    f"stopped while the model learned; python i2a.py --resume {folder}/checkpoint.pt begins that anew"
+                )
             global_step += args.model_frames
         for tensor in env_model.state_dict().values() if world > 1 else ():
             dist.broadcast(tensor, 0)
@@ -984,8 +1018,6 @@ def main(args: Args) -> None:
         networks["env_model"].requires_grad_(args.finetune_model)
 
     # ---- the agent
-    stop: list[int] = []
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     hide_bar = rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", disable=hide_bar)
     frames = observation.reshape(stacked)  # (B, F, H, W[, 3])
@@ -1052,11 +1084,12 @@ def main(args: Args) -> None:
         log |= bool(stop) and world == 1  # several processes stop together, at the next row
         if args.finetune_model or (log and dream):
             cells = (convert_observation(x, args.observation, "cells") for x in (batch, true_next[:, :, -1]))
-            fresh = [x.flatten(0, 1) for x in (*cells, actions, rewards, terminated)]
-            fresh = dict(zip(("frames", "next", "action", "reward", "end"), fresh, strict=True))
+            fresh = (x.flatten(0, 1) for x in (*cells, actions, rewards, terminated))
+            fresh = dict(zip(TRANSITION, fresh, strict=True))
         if args.finetune_model:
             model_optimizer.zero_grad(set_to_none=True)
-            model_loss(networks["env_model"], fresh).mean().backward()
+            finetune_loss = model_loss(networks["env_model"], fresh).mean()
+            finetune_loss.backward()
             average_gradients(list(networks["env_model"].parameters()))
             model_optimizer.step()
 
@@ -1077,10 +1110,12 @@ def main(args: Args) -> None:
             metrics |= dict(zip(names, (sums[4:] / iterations / world).tolist(), strict=True))
             sps = (global_step - first_step) / (time.time() - first_time)
             metrics |= {"charts/SPS": sps, "charts/minutes": minutes + (time.time() - started) / 60}
+            if args.finetune_model:
+                metrics["losses/model"] = finetune_loss.item()
             if dream:
                 metrics["charts/imagined_steps_per_second"] = sps * A * args.imagination_depth
                 metrics |= model_metrics(networks["env_model"], fresh, "_own_states")
-                metrics |= depth_metrics(args, networks, frames, rng)
+                metrics |= depth_metrics(args, networks, frames, global_step)
             logger.log(global_step, metrics)
             bar.set_postfix(solved=metrics.get("charts/solved"), SPS=int(sps))
         sums.zero_()
@@ -1094,22 +1129,18 @@ def main(args: Args) -> None:
 
     # ---- evaluate on held-out levels, and export
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if rank == 0:
         with autocast:
-            metrics, boards = evaluate(args, networks, held_out_levels(args), device)
+            metrics, boards = evaluate(args, networks, eval_levels, device)
         logger.log(global_step, metrics)
         if args.capture_video:
             write_gif(folder / "episodes.gif", boards[:, :8])
         if args.save_model:
-            export = {
-                "args": asdict(replace(args, resume=None)),
-                "networks": networks.state_dict(),
-                "global_step": global_step,
-            }
-            save_checkpoint(folder / "agent.pt", export)
+            export = {"args": asdict(replace(args, resume=None)), "networks": networks.state_dict()}
+            save_checkpoint(folder / "agent.pt", export | {"global_step": global_step})
         logger.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
 

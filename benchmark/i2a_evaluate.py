@@ -34,7 +34,7 @@ def load(path: str, **changes: object) -> tuple[i2a.Args, torch.nn.ModuleDict]:
     state = i2a.load_checkpoint(path, CPU)
     args = replace(i2a.Args(**state["args"]), **changes)
     networks = i2a.make_networks(args, CPU)
-    i2a.load_networks(networks, state["networks"], path)
+    i2a.load_networks(networks, state, path)
     return args, networks
 
 
@@ -125,8 +125,8 @@ def boxes(flags: Boxes) -> None:
 
 @dataclass
 class Search:
-    """The paper's Monte-Carlo search: roll out each action with π̂ in a model, no encoder, and take the best mean of
-    discounted rewards and the value of the last frame."""
+    """The paper's Monte-Carlo search: roll out each action with π̂ in a model, and take the best mean of discounted
+    rewards and the agent's value of the last frame (for which it imagines once more, in its own model)."""
 
     path: Annotated[str, tyro.conf.Positional]
     """agent.pt or checkpoint.pt of an I2A"""
@@ -163,6 +163,7 @@ def search(flags: Search) -> None:
         history = [many.repeat_interleave(i2a.A, 0), *imagined[:, :, None]]
         last = torch.cat(history, 1)[:, -args.frame_stack :]
         values = agent(last, dream(last))[1]
+        imagined_steps += len(last) * i2a.A * args.imagination_depth
         shape = (len(frames), flags.rollouts, i2a.A)
         returns = (discounts * (rewards * args.reward_scale).view(-1, *shape)).sum(0)
         alive_at_end = alive[-1].view(shape) * (rewards[-1].view(shape) < 10)

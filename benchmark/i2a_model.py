@@ -108,13 +108,15 @@ def main(args: Args) -> None:
             rng, start = torch.Generator().manual_seed(seed), time.time()
             networks = torch.nn.ModuleDict({"env_model": i2a.EnvModel("cells", 1, settings.model_width)})
             with mock.patch.object(i2a, "Logger") as logger:
-                data = i2a.collect_transitions(settings, None, CPU)
-                i2a.pretrain_model(networks["env_model"], data, settings, rng, logger)
+                tenth = settings.model_frames // 10
+                data = i2a.collect_transitions(settings, None, settings.model_frames - tenth, seed, CPU)
+                held_out = i2a.collect_transitions(settings, None, tenth, i2a.EVAL_SEED // 2 + seed, CPU)
+                i2a.pretrain_model(networks["env_model"], data, held_out, settings, rng, logger, [])
             seconds = time.time() - start
             for name, data in sets.items():
                 metrics = i2a.model_metrics(networks["env_model"], data)
                 starts = data["frames"][torch.randperm(len(data["frames"]), generator=rng)[:2000]]
-                metrics |= i2a.depth_metrics(settings, networks, starts, rng)
+                metrics |= i2a.depth_metrics(settings, networks, starts, seed)
                 row = {"task": task, "seed": seed, "states": name, "model_frames": settings.model_frames}
                 rows.append(row | {"seconds": round(seconds, 1)} | {k[6:]: round(v, 5) for k, v in metrics.items()})
                 print(rows[-1], flush=True)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import i2a  # noqa: E402
 
 LAPTOP = ["--size", "10", "--num-boxes", "4", "--num-envs", "64", "--cnn-channels", "16", "16", "--dense", "128"]
-MINIPACMAN = [*LAPTOP[:8], "--dense", "256", "--lstm", "256", "--imagination-depth", "5"]
+MINIPACMAN = [*LAPTOP[:9], "--dense", "256", "--lstm", "256", "--imagination-depth", "5"]
 CASES = {
     "default": [],
     "10x10, depth 3, laptop sizes": LAPTOP,

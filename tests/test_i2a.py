@@ -148,8 +148,8 @@ def test_boards_near_rewards_lie_on_solutions_shortly_before_an_arrival():
 
 @pytest.mark.parametrize("frame_stack", [1, 3])
 def test_collected_transitions_are_the_simulators(frame_stack: int):
-    args = Args(size=6, num_boxes=2, model_frames=2000, max_episode_steps=9, frame_stack=frame_stack)
-    data = i2a.collect_transitions(args, None, CPU)
+    args = Args(size=6, num_boxes=2, max_episode_steps=9, frame_stack=frame_stack)
+    data = i2a.collect_transitions(args, None, 2000, 1, CPU)
     following, reward, end = i2a.PerfectModel("cells", 6).predict(data["frames"], data["action"])
     assert torch.equal(following, data["next"])  # a transition across a reset would differ
     assert torch.allclose(reward, data["reward"])
@@ -161,10 +161,19 @@ def test_collected_transitions_are_the_simulators(frame_stack: int):
 
 
 def test_data_of_a_trained_policy_differs_from_random_data():
-    args = Args(size=6, model_frames=1000)
-    up = i2a.collect_transitions(args, lambda frames: torch.tensor([0.0, 50, 0, 0, 0]).expand(len(frames), A), CPU)
-    assert (up["action"] == 1).all()
-    assert i2a.collect_transitions(args, None, CPU)["action"].bincount().min() > 150
+    def climb(frames: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.0, 50, 0, 0, 0]).expand(len(frames), A)
+
+    assert (i2a.collect_transitions(Args(size=6), climb, 1000, 1, CPU)["action"] == 1).all()
+    assert i2a.collect_transitions(Args(size=6), None, 1000, 1, CPU)["action"].bincount().min() > 150
+
+
+def test_the_models_data_come_from_the_levels_of_the_run():
+    levels = generate_levels(3, size=6, num_boxes=1, seed=4)[0]
+    data = i2a.collect_transitions(Args(size=6, max_episode_steps=9), None, 1000, 1, CPU, levels)
+    walls = {board.numpy().tobytes() for board in (levels == 0)}
+    fresh = data["frames"][: round(0.75 * 1000 / 64) * 64, 0]
+    assert {board.numpy().tobytes() for board in (fresh == 0)} == walls
 
 
 @pytest.mark.parametrize("kind", ["cells", "tiny_rgb"])
@@ -172,10 +181,10 @@ def test_pretraining_learns_the_rules(kind: str):
     args = Args(size=5, num_boxes=1, observation=kind, model_frames=4000, model_steps=800)
     model, rng = i2a.EnvModel(kind, 1, 16), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        data = i2a.collect_transitions(args, None, CPU)
+        data = i2a.collect_transitions(args, None, 3600, 1, CPU)
+        test = i2a.collect_transitions(args, None, 2000, 2, CPU)
         before = i2a.model_loss(model, {k: v[:500] for k, v in data.items()}).mean()
-    i2a.pretrain_model(model, data, args, rng, i2a.Logger(args, "pretraining"))
-    test = i2a.collect_transitions(dataclasses.replace(args, seed=2), None, CPU)
+    i2a.pretrain_model(model, data, test, args, rng, i2a.Logger(args, "pretraining"), [])
     metrics = i2a.model_metrics(model, test)
     assert i2a.model_loss(model, {k: v[:500] for k, v in test.items()}).mean() < before / 20
     assert metrics["model/exact_board_accuracy"] > 0.97
@@ -525,14 +534,15 @@ def test_a_pretrained_policy_acts_in_imagination_and_collects():
     path = str(only_run() / "agent.pt")
     pretrained = ["--rollout-policy", "pretrained", "--model-data", "pretrained", "--pretrained-path", path]
     args = i2a.parse_args([*TINY, *pretrained, "--exp-name", "second"])
-    policy = i2a.make_networks(args, CPU)["rollout_policy"]
-    frames = boards(5, size=5, num_boxes=1)[:, None]
-    saved = {k.removeprefix("agent."): v for k, v in torch.load(path)["networks"].items()}
-    agent = i2a.I2AAgent(dataclasses.replace(args, agent="model-free"))
-    agent.load_state_dict(saved)
-    assert torch.equal(policy(frames), agent(frames, None)[0])
     i2a.main(args)
     (run,) = pathlib.Path("runs").glob("*second*")
+    networks = i2a.make_networks(args, CPU)
+    i2a.load_networks(networks, torch.load(run / "agent.pt"), "agent.pt")
+    agent = i2a.I2AAgent(dataclasses.replace(args, agent="model-free"))
+    i2a.load_networks(agent, torch.load(path), path, "agent.")
+    frames = boards(5, size=5, num_boxes=1)[:, None]
+    assert torch.equal(networks["rollout_policy"](frames), agent(frames, None)[0])
+    pathlib.Path(path).unlink()  # the export holds all that it needs
     i2a.main(i2a.parse_args(["--evaluate", str(run / "agent.pt"), "--eval-episodes", "5"]))
 
 
@@ -687,7 +697,8 @@ def assert_equal(one: object, other: object) -> None:
         assert one == other
 
 
-def test_sigterm_saves_and_says_how_to_go_on():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(number: int):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
@@ -705,11 +716,42 @@ def test_sigterm_saves_and_says_how_to_go_on():
         found = list(pathlib.Path("runs").glob("*/checkpoint.pt"))
         pretrained = bool(found) and torch.load(found[0])["has_model"]
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"--resume {only_run()}/checkpoint.pt" in message
     assert torch.load(only_run() / "checkpoint.pt")["global_step"] > 1000
+
+
+def test_a_signal_while_the_model_learns(monkeypatch: pytest.MonkeyPatch):
+    pretrain = i2a.pretrain_model
+
+    def interrupted(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        pretrain(*args)
+
+    monkeypatch.setattr(i2a, "pretrain_model", interrupted)
+    message = refused(*TINY)
+    assert message.startswith("stopped while the model learned") and f"--resume {only_run()}/checkpoint.pt" in message
+    assert not torch.load(only_run() / "checkpoint.pt")["has_model"]
+
+
+def test_the_graph_kept_from_acting_gives_the_gradient_of_a_second_pass():
+    args = Args(**SMALL)
+    networks, rng = i2a.make_networks(args, CPU), torch.Generator().manual_seed(1)
+    dream, agent = i2a.imagination(args, networks, rng), networks["agent"]
+    frames = [boards(6, size=5, num_boxes=1, seed=seed)[:, None] for seed in range(4)]
+    imagined = [dream(x) for x in frames]
+    actions, advantages = torch.randint(A, (4, 6)), torch.randn(4, 6)
+
+    def gradients(logits: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+        policy_loss, value_loss, entropy = i2a.actor_critic_losses(logits, values, actions, advantages)
+        return torch.autograd.grad(policy_loss + value_loss - entropy, list(agent.parameters()))
+
+    kept = gradients(*map(torch.stack, zip(*map(agent, frames, imagined), strict=True)))
+    together = agent(torch.cat(frames), tuple(torch.cat(x, 1) for x in zip(*imagined, strict=True)))
+    for one, other in zip(kept, gradients(*(x.unflatten(0, (4, 6)) for x in together)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 WORKER = """
@@ -806,6 +848,14 @@ def refused(*flags: str) -> str:
         (["--imagination-depth", "0"], "imagination_depth must be at least 1"),
         (["--frame-stack", "5"], "frame_stack is 5"),
         (["--num-envs", "0"], "num_envs is 0"),
+        (["--lstm", "1"], "lstm is 1"),
+        (["--gamma", "2"], "gamma"),
+        (["--learning-rate", "-1"], "learning rate"),
+        (["--width-multiplier", "0"], "widths"),
+        (["--cnn-channels"], "channels"),
+        (["--agent", "model-free", "--env-model-path", "x.pt"], "--env-model-path needs"),
+        (["--eval-levels", "nowhere.txt"], "nowhere.txt"),
+        (["--env-model-path", "nowhere.pt"], "nowhere.pt"),
         (["--rollout-policy", "pretrained"], "--pretrained-path"),
         (["--finetune-model", "--env-model", "perfect"], "--finetune-model needs"),
         (["--finetune-model", "--agent", "model-free"], "--finetune-model needs"),
@@ -831,10 +881,16 @@ def test_bad_checkpoints():
     pathlib.Path("text.pt").write_text("not a checkpoint")
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
     torch.save({"args": {"learning_rate": 1}}, "script.pt")
+    torch.save({"args": 3}, "number.pt")
     torch.save(pathlib.Path, "code.pt")  # something that only unpickling code could bring back
-    for name in ("damaged.pt", "text.pt", "code.pt", "foreign.pt", "script.pt"):
+    for name in ("damaged.pt", "text.pt", "code.pt", "foreign.pt", "script.pt", "number.pt"):
         for flag in ("--resume", "--evaluate"):
             assert name in refused(flag, name)
+    assert "holds weights only" in refused("--resume", str(good.with_name("agent.pt")))
+    state = torch.load(good)
+    torch.save({"args": state["args"], "global_step": 1}, "hollow.pt")
+    assert "hollow.pt was made with other parts" in refused("--evaluate", "hollow.pt")
+    assert "hollow.pt was made with other parts" in refused(*TINY, "--env-model-path", "hollow.pt")
     assert "other parts or sizes" in refused("--evaluate", str(good), "--dense", "17")
     assert "other parts or sizes" in refused("--resume", str(good), "--size", "6")
 
