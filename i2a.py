@@ -885,7 +885,7 @@ def check_args(args: Args) -> None:
         (pretrained and not args.pretrained_path, "`pretrained` needs --pretrained-path, a model-free agent's file"),
         (args.observation == "rgb" and max(map(len, channels)) > 3, "rgb has kernels for at most three convolutions"),
         (narrowest < 1, f"cnn_channels and encoder_channels are {channels}, need widths of at least 1"),
-        (args.width_multiplier * min(args.dense, args.lstm / 2, narrowest) < 1, "width_multiplier: widths fall below 1"),
+        (args.width_multiplier * min(args.dense, args.lstm / 2, narrowest) < 1, "width_multiplier makes a width of 0"),
         (min(args.learning_rate, args.model_learning_rate) <= 0, "a learning rate must be above 0"),
         (not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1), "gamma and gae_lambda must be from 0 to 1"),
         (args.seed >= EVAL_SEED // 1000, f"seed is {args.seed}, must be below {EVAL_SEED // 1000:,}"),

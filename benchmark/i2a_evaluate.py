@@ -40,24 +40,27 @@ def load(path: str, **changes: object) -> tuple[i2a.Args, torch.nn.ModuleDict]:
 
 @dataclass
 class Random:
-    """What random play solves: how hard the task is."""
+    """What random play solves, or how hard tasks are: benchmark/results/i2a_random.csv."""
 
-    size: int = 7
-    """board size"""
-    num_boxes: int = 1
-    """boxes of a level"""
+    tasks: tuple[str, ...] = ("7x7-1", "7x7-2", "8x8-2", "10x10-4")
+    """sizes and numbers of boxes"""
     max_episode_steps: int = 60
     """steps of an episode"""
     episodes: int = 5000
-    """held-out levels"""
+    """held-out levels of each"""
 
 
 def random_play(flags: Random) -> None:
-    settings = {"size": flags.size, "num_boxes": flags.num_boxes, "max_episode_steps": flags.max_episode_steps}
-    args = i2a.Args(agent="model-free", eval_episodes=flags.episodes, **settings)
-    networks = i2a.make_networks(args, CPU)
-    torch.nn.init.zeros_(networks["agent"].actor.weight)
-    print(json.dumps(settings | i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)[0]))
+    rows = []
+    for task in flags.tasks:
+        settings = {"size": int(task.split("x")[0]), "num_boxes": int(task.split("-")[1])}
+        settings |= {"max_episode_steps": flags.max_episode_steps, "eval_episodes": flags.episodes}
+        args = i2a.Args(agent="model-free", **settings)
+        networks = i2a.make_networks(args, CPU)
+        torch.nn.init.zeros_(networks["agent"].actor.weight)
+        rows.append(settings | i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)[0])
+        print(json.dumps(rows[-1]), flush=True)
+    write_rows(rows, "i2a_random.csv")
 
 
 @dataclass
