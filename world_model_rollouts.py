@@ -1,0 +1,1065 @@
+"""World models and training in imagination: fit M(s, a) = (s', r, end) to real transitions, then train on its rollouts.
+Kurutach et al. 2018 (ME-TRPO, arXiv 1802.10592), its ensemble of Gaussian networks from Chua et al. 2018 (PETS, arXiv
+1805.12114); the Gaussian process after Deisenroth & Rasmussen 2011 (PILCO). Policy: Schulman et al. 2017 (PPO).
+
+Three steps, repeated: collect with the current policy (at first a random one), fit the model to all data, improve the
+policy on thousands of imagined episodes at once. Only the first costs real steps. `--iterations 1` is the plain recipe:
+one data set, one model, one policy.
+
+Different from ME-TRPO: PPO for TRPO, Gaussian heads, reward and termination are learned too, and imagined episodes are
+cut at a horizon with a value behind it.
+
+    python world_model_rollouts.py                                     # CartPole-v1 in 1,000 real steps
+    python world_model_rollouts.py --env-id Pendulum-v1 --total-timesteps 4000 --initial-steps 600
+    python world_model_rollouts.py --model gp --num-envs 200 --total-timesteps 500   # a Gaussian process
+    python world_model_rollouts.py --model real --num-envs 8 --num-steps 128 --total-timesteps 300000   # model-free
+    python world_model_rollouts.py --evaluate runs/NAME/agent.pt
+
+Shapes: `K` members of the ensemble, `B` batch or imagined environments, `T` steps, `S` features of a state, `A` of an
+action (one-hot, or in units of its bounds), `O` = S + 1 predicted numbers (Δs, r), `N` points of data.
+"""
+
+import contextlib
+import csv
+import ctypes
+import itertools
+import math
+import os
+import pathlib
+import random
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = "world_model_rollouts"
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """only deterministic algorithms"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+    track: bool = False
+    """track the run in Weights and Biases"""
+    wandb_project_name: str = "model-based-rl"
+    """the Weights and Biases project"""
+    wandb_entity: str | None = None
+    """the Weights and Biases team"""
+    capture_video: bool = False
+    """with --evaluate: film an episode into videos/<run_name>"""
+    save_model: bool = False
+    """write runs/<run_name>/agent.pt after every iteration: for --evaluate, --resume and --behavior"""
+
+    # Algorithm specific arguments
+    env_id: str = "CartPole-v1"
+    """a gymnasium environment with vector states, and discrete or bounded continuous actions"""
+    model: Literal["deterministic", "ensemble", "gp", "real"] = "ensemble"
+    """networks by squared error, Gaussian networks, a Gaussian process, or no model: PPO on the real environment"""
+    total_timesteps: int = 1000
+    """real steps; evaluations don't count"""
+    iterations: int | None = None
+    """stop after so many iterations; 1: the plain recipe, on one fixed data set"""
+    initial_steps: int = 200
+    """real steps of the first iteration"""
+    steps_per_iteration: int = 200
+    """real steps of each later one"""
+    behavior: str = "random"
+    """what collects the first data: random, expert (hand-written), or PATH of an agent.pt"""
+    data: str | None = None
+    """take the first data from this .npz instead"""
+    save_data: str | None = None
+    """write all data to this .npz"""
+    action_noise: float = 0.0
+    """noise of the real environment: probability of a random action, or standard deviation in units of the bounds"""
+    ensemble_size: int = 5
+    """networks K; 1: a single model"""
+    model_hidden: tuple[int, ...] = (64, 64)
+    """units of the networks' hidden layers"""
+    model_learning_rate: float = 2e-3
+    """learning rate of the networks"""
+    model_batch_size: int = 128
+    """transitions of an update of the networks"""
+    model_epochs: int = 300
+    """most epochs of a fit"""
+    model_patience: int = 20
+    """epochs without a better validation loss before a fit ends"""
+    validation_share: float = 0.2
+    """share of the episodes that is held out from a fit"""
+    gp_points: int = 400
+    """most points of the Gaussian process; a random subset of more"""
+    gp_steps: int = 100
+    """gradient steps on its marginal likelihood"""
+    start_states: Literal["visited", "initial"] = "visited"
+    """where imagined episodes start"""
+    horizon: int = 100
+    """most steps of an imagined episode"""
+    policy_updates: int = 60
+    """most PPO updates in an iteration"""
+    check_frequency: int = 10
+    """PPO updates between checks of the imagined return under each member"""
+    improvement_share: float = 0.7
+    """an iteration ends when fewer of the members see an improvement over the best; 0: it never ends early"""
+    check_patience: int = 2
+    """consecutive checks of which that must be true, after one that saw an improvement; 1 in the paper"""
+    num_envs: int = 500
+    """environments B, imagined ones (or real ones with --model real)"""
+    num_steps: int = 50
+    """steps T between PPO updates"""
+    learning_rate: float = 1e-3
+    """learning rate of PPO"""
+    anneal_lr: bool = False
+    """let it fall to zero over the real steps"""
+    hidden: tuple[int, ...] = (32, 32)
+    """units of the hidden layers of actor and critic"""
+    normalize_states: bool = True
+    """let actor and critic read states in units of their spread in the data (not with --model real)"""
+    reward_scale: float | None = None
+    """factor on rewards for PPO; by default (1 - gamma) / mean |r|, so that values are near 1"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """λ of the advantages"""
+    num_minibatches: int = 5
+    """minibatches of an epoch of PPO"""
+    update_epochs: int = 3
+    """epochs of PPO"""
+    clip_coef: float = 0.2
+    """how far the ratio of probabilities may go"""
+    clip_vloss: bool = False
+    """clip the value loss as well"""
+    ent_coef: float = 0.0
+    """weight of the entropy"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """clip gradients at this norm"""
+    eval_episodes: int = 50
+    """episodes of the evaluation after each iteration, with greedy actions"""
+    stop_return: float | None = None
+    """stop once an evaluation reaches this mean return"""
+    resume: str | None = None
+    """continue from this agent.pt; every other flag comes from it"""
+    evaluate: str | None = None
+    """evaluate the greedy policy of this agent.pt, and stop"""
+
+
+# ---------------------------------------------------------------------------------- utilities, the same in every script
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, numpy and torch; with `deterministic`, let torch use deterministic algorithms only."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def layer_init(layer: nn.Module, std: float = 2**0.5, bias: float = 0.0) -> nn.Module:
+    """Orthogonal weights of gain `std`, constant bias."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+class Logger:
+    """Metrics to `runs/<run_name>/metrics.csv`, to the terminal and, with `args.track`, to Weights and Biases.
+
+    One call of `log` is one row; a metric that is new adds a column. The W&B run's id is its name, so that a resumed
+    run goes on under it.
+    """
+
+    def __init__(self, args: Any, run_name: str) -> None:
+        self.path = pathlib.Path("runs") / run_name / "metrics.csv"
+        self.rows: list[dict[str, Any]] = []
+        self.columns: list[str] = []
+        self.run = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            sys.exit(f"can't create {self.path.parent}: {e.strerror}; run from a folder that you can write to")
+        if args.track:
+            import wandb
+
+            self.run = wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name, resume="allow",
+                config=vars(args), dir=str(self.path.parent),
+            )  # fmt: skip
+            self.run.define_metric("*", step_metric="global_step")
+
+    def restore(self, num_rows: int) -> None:
+        """Take up the file of a resumed run, cut back to the rows that its checkpoint had counted."""
+        try:
+            with self.path.open(newline="") as file:
+                self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)][:num_rows]
+        except OSError as e:
+            print(f"can't read {self.path}: {e.strerror}; its earlier rows are lost", file=sys.stderr)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a row.
+
+        Raises:
+            SystemExit: a loss that is not finite, after the row that shows it. Log before you save a checkpoint, and
+            the last one is good.
+        """
+        row = {"global_step": step, **metrics}
+        self.rows.append(row)
+        try:
+            if set(row) <= set(self.columns):
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(row)
+            else:
+                self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+                temporary = self.path.with_name("metrics.csv.tmp")
+                with temporary.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, self.columns)
+                    writer.writeheader()
+                    writer.writerows(self.rows)
+                os.replace(temporary, self.path)
+        except OSError as e:
+            sys.exit(f"can't write {self.path}: {e.strerror}; mend that and --resume from the last checkpoint")
+        if self.run is not None:
+            self.run.log(row)
+        if not sys.stderr.isatty():  # a terminal has a progress bar instead
+            print(" ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
+        for name, value in metrics.items():
+            if name.startswith("losses/") and not math.isfinite(value):
+                sys.exit(f"{name} is {value} at step {step}: lower --learning-rate; the last checkpoint is good")
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
+    """torch.save through a temporary file: a run that dies in it keeps its last checkpoint."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full or read-only disk as a RuntimeError
+        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}")
+
+
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code.
+
+    Raises:
+        SystemExit: the file can't be read, is damaged, or is no checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except OSError as e:
+        sys.exit(f"can't read {path}: {e.strerror}")
+    except Exception:  # a damaged file can fail anywhere in torch's reader
+        sys.exit(f"{path} is damaged, or no checkpoint of this project: train one, or take an older copy")
+    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
+        sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
+    return state
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next tensors: page faults cost more than small networks' arithmetic."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD
+            libc.mallopt(option, value)
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_{t+1} + γ V(s_{t+1}) - V(s_t); all (T, B), flags bool.
+
+    λ = 1 is the n-step return: Σ_{k<n} γ^k r_{t+k+1} + γ^n V(s_{t+n}) - V(s_t). `terminated` stops the bootstrap,
+    `done` (terminated or truncated) cuts the sum; `next_values` are those of the true next observations, before resets.
+    """
+    deltas = rewards + gamma * next_values * ~terminated - values
+    result, running = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        running = deltas[t] + gamma * lam * ~done[t] * running
+        result[t] = running
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ environments
+
+
+def swing_up(o: np.ndarray) -> float:
+    """Pendulum: pump energy until it suffices, then hold the top."""
+    angle, energy = math.atan2(o[1], o[0]), o[2] ** 2 / 2 + 15 * (o[0] - 1)
+    return -(12 * angle + 3 * o[2]) / 2 if abs(angle) < 0.5 else math.copysign(1, -o[2] if energy > 0.5 else o[2])
+
+
+# Hand-written controllers for `--behavior expert`: observation -> action (continuous ones in units of the bounds)
+EXPERTS: dict[str, Callable[[np.ndarray], float]] = {
+    "CartPole-v1": lambda o: int(o[2] + 0.3 * o[3] + 0.03 * o[0] + 0.06 * o[1] > 0),
+    "Pendulum-v1": swing_up,
+    "Acrobot-v1": lambda o: 0 if o[4] > 0 else 2,
+}
+
+
+class RealEnvs:
+    """B copies of a gymnasium environment. A finished one is reset at once; `step` still gives the true next state.
+
+    Actions are features: one-hot, or in [-1, 1] in units of the bounds.
+    """
+
+    def __init__(
+        self, env_id: str, num_envs: int, device: torch.device, seed: int, noise: float = 0.0, video: str | None = None
+    ) -> None:
+        kwargs = {"render_mode": "rgb_array"} if video else {}
+        try:
+            self.envs = [gym.make(env_id, disable_env_checker=True, **kwargs) for _ in range(num_envs)]
+            if video:
+                self.envs[0].reset()
+                self.envs[0].render()  # what is missing for it is said here
+                self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], video)
+        except (gym.error.Error, ValueError) as e:
+            sys.exit(f"can't make --env-id {env_id}: {str(e).splitlines()[0]}")
+        self.device, self.noise, self.rng = device, noise, np.random.default_rng(seed)
+        states, actions = self.envs[0].observation_space, self.envs[0].action_space
+        self.discrete = isinstance(actions, gym.spaces.Discrete)
+        bounded = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.is_bounded()
+        if not (isinstance(states, gym.spaces.Box) and len(states.shape) == 1) or not (self.discrete or bounded):
+            sys.exit(
+                f"{env_id} has the states {states} and the actions {actions}; needed: vectors, Discrete or bounded"
+            )
+        self.state_size = states.shape[0]
+        self.action_size = int(actions.n) if self.discrete else actions.shape[0]
+        self.low, self.high = (torch.as_tensor(x, device=device) for x in (states.low, states.high))
+        self.max_steps = self.envs[0].spec.max_episode_steps or 1000
+        self.s = self._tensor([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)])  # (B, S)
+
+    def _tensor(self, rows: list[np.ndarray]) -> Tensor:
+        return torch.as_tensor(np.asarray(rows, dtype=np.float32), device=self.device)
+
+    def step(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Actions (B, A) -> s' (B, S), r, terminated, truncated (B,); self.s: where the next step starts."""
+        space = self.envs[0].action_space
+        if self.discrete:
+            random_actions = self.rng.integers(space.n, size=len(a))
+            noisy = self.rng.random(len(a)) < self.noise
+            actions = np.where(noisy, random_actions, a.argmax(-1).cpu().numpy())
+        else:
+            noisy = np.clip(a.cpu().numpy() + self.noise * self.rng.standard_normal(a.shape), -1, 1)
+            actions = (space.low + (noisy + 1) / 2 * (space.high - space.low)).astype(space.dtype)
+        rows, starts, outcomes = [], [], []
+        for env, action in zip(self.envs, actions, strict=True):
+            observation, r, terminated, truncated, _ = env.step(action)
+            rows.append(observation)
+            outcomes.append((r, terminated, truncated))
+            starts.append(env.reset()[0] if terminated or truncated else observation)
+        self.s = self._tensor(starts)
+        r, terminated, truncated = self._tensor(outcomes).T
+        return self._tensor(rows), r, terminated.bool(), truncated.bool()
+
+
+class ImaginedEnvs:
+    """B environments inside the model: real start states, an end by the predicted termination or the horizon."""
+
+    def __init__(self, env_model: Any, starts: Tensor, num_envs: int, horizon: int, rng: torch.Generator) -> None:
+        self.env_model, self.starts, self.horizon, self.rng = env_model, starts, horizon, rng
+        self.s = self._start_states(num_envs)  # (B, S)
+        self.t = torch.zeros(num_envs, dtype=torch.long, device=starts.device)
+
+    def _start_states(self, num: int) -> Tensor:
+        return self.starts[torch.randint(len(self.starts), (num,), generator=self.rng, device=self.starts.device)]
+
+    def step(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        s2, r, end = self.env_model.step(self.s, a, self.rng)
+        terminated = torch.rand(end.shape, generator=self.rng, device=end.device) < end
+        truncated = (self.t + 1 >= self.horizon) & ~terminated
+        done = terminated | truncated
+        self.s = torch.where(done[:, None], self._start_states(len(a)), s2)
+        self.t = torch.where(done, 0, self.t + 1)
+        return s2, r, terminated, truncated
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+def spreads(x: Tensor) -> Tensor:
+    """Standard deviations of the columns of x (N, ...); 1 where nothing varies."""
+    std = x.std(0)
+    return torch.where(std > 1e-6, std, 1.0)
+
+
+MIN_LOGVAR, MAX_LOGVAR = -10.0, 0.5  # PETS' bounds of log σ², in units of the data's spread
+
+
+class EnsembleMLP(nn.Module):
+    """K multilayer perceptrons with SiLUs, each layer one batched product: (K, B, in) -> (K, B, out)."""
+
+    def __init__(self, num_members: int, sizes: list[int]) -> None:
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for n_in, n_out in itertools.pairwise(sizes):
+            bound = n_in**-0.5
+            self.weights.append(torch.empty(num_members, n_in, n_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(num_members, 1, n_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, F.silu(x, inplace=not torch.is_grad_enabled()) if i else x, weight)
+        return x
+
+
+class EnsembleModel(nn.Module):
+    """K networks (s, a) -> Δs, r, in units of their spread (Gaussian, or by squared error), and K for termination.
+
+    The latter read s': where a step leads decides whether it ends the episode, and ends are rare.
+    """
+
+    def __init__(self, K: int, S: int, A: int, hidden: tuple[int, ...], gaussian: bool, bounds: Any) -> None:
+        super().__init__()
+        self.K, self.S, self.gaussian = K, S, gaussian
+        self.net = EnsembleMLP(K, [S + A, *hidden, (S + 1) * (1 + gaussian)])
+        self.end_net = EnsembleMLP(K, [S, *hidden, 1])
+        for name, size in (("x", S + A), ("y", S + 1)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.bounds = bounds
+        self.register_buffer("low", bounds[0].clone())
+        self.register_buffer("high", bounds[1].clone())
+
+    def standardize(self, data: dict[str, Tensor]) -> None:
+        """Take the scales of states, changes and rewards from the data. One-hot actions stay as they are."""
+        self.x_mean[: self.S], self.x_std[: self.S] = data["s"].mean(0), spreads(data["s"])
+        far = 50 * self.x_std[: self.S]  # imagined states stay finite, in the space of states and in sight of the data
+        self.low = torch.maximum(self.bounds[0], self.x_mean[: self.S] - far)
+        self.high = torch.minimum(self.bounds[1], self.x_mean[: self.S] + far)
+        y = targets(data)
+        self.y_mean.copy_(y.mean(0))
+        self.y_std.copy_(y.std(0).clamp_min(1e-6))  # a constant stays one, however far the model extrapolates
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x = (s, a) (K, B, S + A) -> mean and log σ² (K, B, O) of (Δs, r) in units of their spread."""
+        y = self.net((x - self.x_mean) / self.x_std)
+        if not self.gaussian:
+            return y, None
+        mean, logvar = y.chunk(2, -1)
+        logvar = MAX_LOGVAR - F.softplus(MAX_LOGVAR - logvar)
+        return mean, MIN_LOGVAR + F.softplus(logvar - MIN_LOGVAR)
+
+    def end_logit(self, s2: Tensor) -> Tensor:
+        """s' (K, B, S) -> (K, B)."""
+        return self.end_net((s2 - self.x_mean[: self.S]) / self.x_std[: self.S]).squeeze(-1)
+
+    def loss(self, x: Tensor, y: Tensor, s2: Tensor, end: Tensor) -> Tensor:
+        """Losses (K,), means over the batch: of (Δs, r) per number, plus the cross-entropy of termination."""
+        end_loss = F.binary_cross_entropy_with_logits(self.end_logit(s2), end, reduction="none").mean(1)
+        if self.net is None:  # a Gaussian process has a likelihood of its own
+            return end_loss
+        mean, logvar = self(x)
+        error = (mean - (y - self.y_mean) / self.y_std) ** 2
+        if logvar is not None:  # -log N(y; μ, σ²) without its constant
+            error = (error * (-logvar).exp() + logvar) / 2
+        return error.mean((1, 2)) + end_loss
+
+    @torch.no_grad()
+    def step(self, s: Tensor, a: Tensor, rng: torch.Generator, fixed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """s (B, S), a (B, A) -> s' (B, S), r (B,), probability of the end (B,), each row by a member drawn at random.
+
+        The batch is shuffled and split among the members, so each computes only its share. `fixed`: member k takes the
+        k-th part of the batch, at every step.
+        """
+        order = torch.randperm(len(s), generator=rng, device=s.device)
+        rows = torch.arange(len(s) + -len(s) % self.K, device=s.device) % len(s)  # the last share is filled up
+        order = rows if fixed else order[rows]
+        x = torch.cat([s, a], 1)[order].unflatten(0, (self.K, -1))  # (K, B / K, S + A)
+        y, logvar = self(x)
+        if logvar is not None:
+            y += (logvar / 2).exp_() * torch.randn(y.shape, generator=rng, device=y.device)
+        y = y * self.y_std + self.y_mean
+        s2 = (x[..., : self.S] + y[..., :-1]).clamp(self.low, self.high)  # s' = s + Δs
+        end = self.end_logit(s2).sigmoid()
+        outcome = s.new_empty(len(s), self.S + 2)
+        outcome[order] = torch.cat([s2, y[..., -1:], end[..., None]], -1).flatten(0, 1)
+        return outcome[:, : self.S], outcome[:, -2], outcome[:, -1]
+
+    @torch.no_grad()
+    def moments(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance (B, O) of (Δs, r), and the disagreement (B,): spread of the members' means."""
+        mean, logvar = self(torch.cat([s, a], 1).expand(self.K, -1, -1))
+        epistemic = mean.var(0, correction=0)  # (B, O), in units of the spread
+        variance = epistemic + (logvar.exp().mean(0) if logvar is not None else 0.0)
+        return mean.mean(0) * self.y_std + self.y_mean, variance * self.y_std**2, epistemic.mean(1).sqrt()
+
+
+def targets(data: dict[str, Tensor]) -> Tensor:
+    """What models predict: (Δs, r) (N, O)."""
+    return torch.cat([data["s2"] - data["s"], data["r"][:, None]], 1)
+
+
+def fit_networks(
+    env_model: EnsembleModel, data: dict[str, Tensor], held_out: Tensor, args: Args, rng: torch.Generator
+) -> tuple[float, float, int]:
+    """Adam on the K losses until none falls any more on the held-out episodes; each member gets its best weights back.
+
+    Returns: the means over the members of training loss (last epoch) and of the best held-out loss, and the epochs.
+    """
+    columns = (torch.cat([data["s"], data["a"]], 1), targets(data), data["s2"], data["end"])
+    train, test = ([x[rows] for x in columns] for rows in (~held_out, held_out))
+    parameters = [p for p in env_model.parameters() if p.ndim == 3]  # (K, ...): not a Gaussian process' own
+    optimizer = torch.optim.Adam(parameters, lr=args.model_learning_rate, fused=True)
+    best = torch.full((env_model.K,), math.inf, device=held_out.device)
+    weights, since, N = [p.detach().clone() for p in parameters], 0, len(train[0])
+    for epoch in range(1, args.model_epochs + 1):  # noqa: B007 (returned)
+        order = torch.rand(env_model.K, N, generator=rng, device=held_out.device).argsort(1)  # each its own
+        losses = []
+        for rows in order.split(min(args.model_batch_size, max(16, N // 8)), 1):
+            batch_loss = env_model.loss(*(x[rows] for x in train))  # (K,)
+            optimizer.zero_grad()
+            batch_loss.sum().backward()  # the sum: each member has its own gradient
+            optimizer.step()
+            losses.append(batch_loss.detach())
+        with torch.no_grad():
+            now = env_model.loss(*(x.expand(env_model.K, *x.shape) for x in test))
+            better = now < best
+            best = torch.where(better, now, best)
+            for kept, p in zip(weights, parameters, strict=True):
+                kept.copy_(torch.where(better[:, None, None], p, kept))
+        since = 0 if better.any() else since + 1
+        if since >= args.model_patience or not now.isfinite().all():
+            break
+    with torch.no_grad():
+        for kept, p in zip(weights, parameters, strict=True):
+            p.copy_(kept)
+    return torch.stack(losses).mean().item(), (now if now.isnan().any() else best).mean().item(), epoch
+
+
+def cholesky_with_jitter(matrix: Tensor) -> Tensor:
+    """Lower factor L of symmetric matrices (O, N, N), with the smallest jitter on the diagonal that makes it work."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for jitter in (0.0, 1e-8, 1e-6, 1e-4, 1e-2):
+        L, failed = torch.linalg.cholesky_ex(matrix + jitter * eye)
+        if not failed.any():
+            return L
+    sys.exit("the Gaussian process' covariance has no Cholesky factor even with a jitter of 0.01: are the data finite?")
+
+
+class GaussianProcessModel(EnsembleModel):
+    """An exact Gaussian process for each number of (Δs, r), ARD-RBF kernels; termination by a small network."""
+
+    def __init__(self, S: int, A: int, hidden: tuple[int, ...], bounds: Any) -> None:
+        super().__init__(1, S, A, hidden, False, bounds)
+        self.net = None
+        self.log_scale = nn.Parameter(torch.zeros(S + 1, S + A))  # log ℓ
+        self.log_signal = nn.Parameter(torch.zeros(S + 1))  # log σ_f
+        self.log_noise = nn.Parameter(torch.full((S + 1,), -2.0))  # log σ_n
+        for name, shape in (("points", (0, S + A)), ("alpha", (S + 1, 0)), ("inverse", (S + 1, 0, 0))):
+            self.register_buffer(name, torch.zeros(shape))
+
+    def kernel(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """k(x, x') = σ_f² exp(-½ Σ_d (x_d - x'_d)² / ℓ_d²): (N, D), (M, D) -> (O, N, M)."""
+        scale = self.log_scale.exp().to(x1.dtype)[:, None]  # (O, 1, D)
+        x1, x2 = x1 / scale, x2 / scale
+        square = (x1**2).sum(-1)[:, :, None] + (x2**2).sum(-1)[:, None] - 2 * x1 @ x2.mT
+        return (2 * self.log_signal[:, None, None].to(x1.dtype) - square.clamp_min_(0) / 2).exp()
+
+    def factor(self, x: Tensor) -> Tensor:
+        """The Cholesky factor (O, N, N) of K + σ_n² I."""
+        return cholesky_with_jitter(self.kernel(x, x) + torch.diag_embed(self.noise(x)[:, None].expand(-1, len(x))))
+
+    def noise(self, x: Tensor) -> Tensor:
+        return (2 * self.log_noise).exp().to(x.dtype) + 1e-6  # (O,)
+
+    def negative_log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log p(y | x) / N = (½ yᵀ(K + σ_n² I)⁻¹y + Σ log L_ii) / N + ½ log 2π of x (N, D), y (O, N): (O,)."""
+        L = self.factor(x)
+        z = torch.linalg.solve_triangular(L, y[..., None], upper=False).squeeze(-1)  # L⁻¹ y
+        return ((z**2).sum(1) / 2 + L.diagonal(dim1=1, dim2=2).log().sum(1)) / len(x) + math.log(2 * math.pi) / 2
+
+    def fit(self, data: dict[str, Tensor], args: Args, rng: torch.Generator) -> float:
+        """Take at most `gp_points` of the data, fit the hyperparameters, and factorise. Returns the loss."""
+        rows = torch.randperm(len(data["s"]), generator=rng, device=rng.device)[: args.gp_points]
+        x = ((torch.cat([data["s"], data["a"]], 1)[rows] - self.x_mean) / self.x_std).double()  # (N, D)
+        y = ((targets(data)[rows] - self.y_mean) / self.y_std).double().T  # (O, N)
+        parameters = [self.log_scale, self.log_signal, self.log_noise]
+        optimizer = torch.optim.Adam(parameters, lr=0.1)
+        for _ in range(args.gp_steps):
+            loss = self.negative_log_likelihood(x, y)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+        self.condition(x, y)
+        return loss.mean().item()
+
+    @torch.no_grad()
+    def condition(self, x: Tensor, y: Tensor) -> None:
+        """Keep the points (N, D), α = (K + σ_n² I)⁻¹ y (O, N), and L⁻¹ (O, N, N), which single precision can take."""
+        L = self.factor(x)
+        self.points, self.alpha = x, torch.cholesky_solve(y[..., None], L).squeeze(-1)
+        eye = torch.eye(len(x), dtype=x.dtype, device=x.device).expand_as(L)
+        self.inverse = torch.linalg.solve_triangular(L, eye, upper=False).float()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, B, S + A) -> of an observation, the mean k*ᵀα and log(k** - k*ᵀ(K + σ_n² I)⁻¹k* + σ_n²): (1, B, O)."""
+        k = self.kernel(self.points, ((x[0] - self.x_mean) / self.x_std).double())  # (O, N, B)
+        mean = (self.alpha[:, None] @ k).squeeze(1).float()  # (O, B)
+        explained = (self.inverse @ k.float()).square().sum(1)  # |L⁻¹ k*|²
+        variance = ((2 * self.log_signal).exp()[:, None] - explained).clamp_min(0) + self.noise(mean)[:, None]
+        return mean.T[None], variance.log().T[None]
+
+    def load_state_dict(self, state: dict[str, Tensor], **kwargs: Any) -> Any:
+        for name in ("points", "alpha", "inverse"):  # as many points as there were
+            setattr(self, name, state[name].clone())
+        return super().load_state_dict(state, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------ policy
+
+
+class RolloutActorCritic(nn.Module):
+    """Actor and critic, tanh networks of their own. Continuous actions: a Gaussian around the actor's output."""
+
+    def __init__(self, S: int, A: int, hidden: tuple[int, ...], discrete: bool) -> None:
+        super().__init__()
+
+        def network(out: int, std: float) -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for n_in, n_out in itertools.pairwise([S, *hidden]):
+                layers += [layer_init(nn.Linear(n_in, n_out)), nn.Tanh()]
+            return nn.Sequential(*layers, layer_init(nn.Linear([S, *hidden][-1], out), std))
+
+        self.actor, self.critic, self.discrete = network(A, 0.01), network(1, 1.0), discrete
+        self.log_std = nn.Parameter(torch.full((A,), -0.5 if not discrete else 0.0))
+        self.register_buffer("mean", torch.zeros(S))
+        self.register_buffer("std", torch.ones(S))
+
+    @torch.no_grad()
+    def standardize(self, mean: Tensor, std: Tensor, keep: bool) -> None:
+        """Take the scales of states. `keep`: with first layers changed so that both functions stay what they were."""
+        for layer in (self.actor[0], self.critic[0]) if keep else ():
+            layer.bias += layer.weight @ ((mean - self.mean) / self.std)
+            layer.weight *= std / self.std
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def value(self, s: Tensor) -> Tensor:
+        return self.critic((s - self.mean) / self.std).squeeze(-1)
+
+    def policy(self, s: Tensor) -> Tensor:
+        """Logits, or means in units of the bounds: (..., S) -> (..., A)."""
+        return self.actor((s - self.mean) / self.std)
+
+    def sample_action(self, out: Tensor, rng: torch.Generator | None) -> Tensor:
+        """Out of the policy's output (B, A), an action (B, A): one-hot, or before clipping. Without rng: greedy."""
+        if not self.discrete:
+            return out if rng is None else out + self.log_std.exp() * torch.randn(
+                out.shape, generator=rng, device=out.device
+            )  # fmt: skip
+        if rng is not None:  # argmax(logits + Gumbel noise)
+            out = out - torch.empty_like(out).exponential_(generator=rng).log_()
+        return F.one_hot(out.argmax(-1), out.shape[-1]).float()
+
+    def log_prob(self, out: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a | s) and the entropy, (...,) each."""
+        if self.discrete:
+            log_p = out.log_softmax(-1)
+            return (log_p * a).sum(-1), -(log_p.exp() * log_p).sum(-1)
+        normal = torch.distributions.Normal(out, self.log_std.exp(), validate_args=False)
+        return normal.log_prob(a).sum(-1), normal.entropy().sum(-1)
+
+
+@torch.no_grad()
+def policy_rollout(envs: Any, agent: RolloutActorCritic, num_steps: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """T steps of the stochastic policy in B environments, real or imagined; (T, B, ...) each."""
+    columns: list[tuple[Tensor, ...]] = []
+    for _ in range(num_steps):
+        s = envs.s
+        out = agent.policy(s)
+        a = agent.sample_action(out, rng)
+        columns.append((s, out, a, *envs.step(a if agent.discrete else a.clamp(-1, 1))))
+    names = ("s", "out", "a", "s2", "r", "terminated", "truncated")
+    batch = dict(zip(names, (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
+    batch["log_prob"], _ = agent.log_prob(batch.pop("out"), batch["a"])
+    batch["value"] = agent.value(batch["s"])
+    # V(s_{t+1}) of the true next states: of a truncated episode, its own last one
+    batch["next_value"] = torch.cat([batch["value"][1:], agent.value(envs.s)[None]])
+    t, b = batch["truncated"].nonzero(as_tuple=True)
+    batch["next_value"][t, b] = agent.value(batch["s2"][t, b])
+    return batch
+
+
+def clipped_losses(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, value: Tensor, old_value: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """PPO's losses, means over the batch: -min(ρ A, clip(ρ, 1 ± ε) A), ρ = π / π_old, and ½ (V - R)², R = A + V_old.
+
+    The advantages in R are the raw ones, those of the policy loss standardised over the minibatch.
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    A = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    policy_loss = -torch.min(ratio * A, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * A).mean()
+    target = advantage + old_value
+    error = (value - target) ** 2
+    if args.clip_vloss:
+        clipped = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+        error = torch.max(error, (clipped - target) ** 2)
+    return policy_loss, error.mean() / 2
+
+
+def improve_policy(
+    agent: RolloutActorCritic, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], scale: float, args: Args,
+    rng: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Epochs of PPO on a batch of `policy_rollout`. Returns policy loss, value loss and entropy, means (3,)."""
+    done = batch["terminated"] | batch["truncated"]
+    batch["advantage"] = generalized_advantages(
+        scale * batch["r"], batch["value"], batch["next_value"], batch["terminated"], done, args.gamma, args.gae_lambda
+    )
+    names = ("s", "a", "log_prob", "value", "advantage")
+    flat, total, count = [batch[name].flatten(0, 1) for name in names], torch.zeros(3, device=done.device), 0
+    for _ in range(args.update_epochs):
+        order = torch.randperm(done.numel(), generator=rng, device=done.device)
+        for rows in order.split(math.ceil(done.numel() / args.num_minibatches)):
+            s, a, old_log_prob, old_value, advantage = (x[rows] for x in flat)
+            log_prob, entropy = agent.log_prob(agent.policy(s), a)
+            losses = clipped_losses(log_prob, old_log_prob, advantage, agent.value(s), old_value, args)
+            optimizer.zero_grad()
+            (losses[0] + args.vf_coef * losses[1] - args.ent_coef * entropy.mean()).backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            total += torch.stack([*losses, entropy.mean()]).detach()
+            count += 1
+    return total / count
+
+
+# --------------------------------------------------------------------------------------------------- data, measurements
+
+
+@torch.no_grad()
+def collect(envs: RealEnvs, act: Callable[[Tensor], Tensor], num_steps: int, first_episode: int) -> dict[str, Tensor]:
+    """Rows of `num_steps` real transitions, none across a reset. `end` is terminated, not truncated."""
+    columns, episode, first = [], first_episode, True
+    for _ in range(num_steps):
+        s = envs.s
+        a = act(s)  # (1, A)
+        s2, r, terminated, truncated = envs.step(a)
+        columns.append((s, a, s2, r, terminated.float(), torch.tensor([episode]), torch.tensor([first])))
+        first = bool(terminated | truncated)
+        episode += first
+    names = ("s", "a", "s2", "r", "end", "episode", "first")
+    return dict(zip(names, (torch.cat(x).to(envs.s.device) for x in zip(*columns, strict=True)), strict=True))
+
+
+def held_out_rows(episode: Tensor, share: float) -> Tensor:
+    """Which rows (N,) belong to held-out episodes: an evenly spread `share` of all, at least the last one."""
+    if len(episode) == 0 or (episode == episode[0]).all():
+        sys.exit(
+            f"the data hold {len(episode)} steps of at most one episode, a held-out one is needed: more --initial-steps"
+        )
+    held_out = ((episode + 1) * share).floor() > (episode * share).floor()
+    return held_out if held_out.any() and not held_out.all() else episode == episode.max()
+
+
+def save_data(path: str, data: dict[str, Tensor], env_id: str) -> None:
+    temporary = pathlib.Path(path + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, env_id=np.array(env_id), **{name: x.cpu().numpy() for name, x in data.items()})
+        os.replace(temporary, path)
+    except OSError as e:
+        sys.exit(f"can't write {path}: {e.strerror}")
+
+
+def load_data(path: str, env_id: str, envs: RealEnvs) -> dict[str, Tensor]:
+    """What `save_data` wrote.
+
+    Raises:
+        SystemExit: unreadable, damaged, empty, not finite, or of another environment.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in ("env_id", "s", "a", "s2", "r", "end", "episode", "first")}
+    except OSError as e:
+        sys.exit(f"can't read {path}: {e.strerror or 'no .npz file'}")
+    except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        sys.exit(f"{path} is damaged, or no data set of --save-data: collect one, or take an older copy")
+    if (other := str(data.pop("env_id"))) != env_id:
+        sys.exit(f"{path} holds steps of {other}: give --env-id {other}, or a data set of {env_id}")
+    N = len(data["s"])
+    widths = {"s": (N, envs.state_size), "s2": (N, envs.state_size), "a": (N, envs.action_size)}
+    if any(x.shape != widths.get(name, (N,)) for name, x in data.items()) or not N:
+        sys.exit(f"{path} is {'empty' if not N else 'damaged: its arrays do not fit together'}: collect another one")
+    if not all(np.isfinite(x).all() for x in data.values()):
+        sys.exit(f"{path} holds numbers that are not finite: collect another one")
+    return {name: torch.as_tensor(x, device=envs.device) for name, x in data.items()}
+
+
+@torch.no_grad()
+def imagined_returns(
+    env_model: EnsembleModel, agent: RolloutActorCritic, s: Tensor, horizon: int, rng: torch.Generator, greedy: bool
+) -> Tensor:
+    """Mean undiscounted return (K,) of imagined episodes from s (K * M, S), M of them inside each member alone.
+
+    A step counts with the probability that its episode got so far.
+    """
+    total, alive = torch.zeros(len(s), device=s.device), torch.ones(len(s), device=s.device)
+    for _ in range(horizon):
+        a = agent.sample_action(agent.policy(s), None if greedy else rng)
+        s, r, end = env_model.step(s, a if agent.discrete else a.clamp(-1, 1), rng, fixed=True)
+        total += alive * r
+        alive *= 1 - end
+    return total.unflatten(0, (env_model.K, -1)).mean(1)
+
+
+def refuse_nonfinite(x: Tensor, iteration: int) -> None:
+    if not x.isfinite().all():
+        sys.exit(
+            f"the model imagines states or rewards that are not finite, in iteration {iteration}: lower "
+            "--model-learning-rate or --horizon; the last checkpoint is good"
+        )
+
+
+@torch.no_grad()
+def evaluate_in_reality(envs: RealEnvs, agent: RolloutActorCritic) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """A greedy episode in each environment: the returns (B,), and its steps (T, B, ...) with their mask `alive`."""
+    alive, columns = torch.ones(len(envs.s), dtype=torch.bool, device=envs.s.device), []
+    while alive.any():
+        s = envs.s
+        a = agent.sample_action(agent.policy(s), None)
+        a = a if agent.discrete else a.clamp(-1, 1)
+        s2, r, terminated, truncated = envs.step(a)
+        columns.append((s, a, s2, r, terminated, alive))
+        alive = alive & ~(terminated | truncated)
+    steps = dict(
+        zip(("s", "a", "s2", "r", "end", "alive"), (torch.stack(x) for x in zip(*columns, strict=True)), strict=True)
+    )
+    return (steps["r"] * steps["alive"]).sum(0).cpu().numpy(), steps
+
+
+@torch.no_grad()
+def open_loop_errors(
+    env_model: EnsembleModel, steps: dict[str, Tensor], horizons: tuple[int, ...], rng: torch.Generator
+) -> dict[str, float]:
+    """Errors of s_h, imagined from s_0 under the recorded actions: root mean square, in units of the data's spread."""
+    s, errors = steps["s"][0], {}
+    for h in range(1, min(max(horizons), len(steps["s"])) + 1):
+        s, _, _ = env_model.step(s, steps["a"][h - 1], rng)
+        if h in horizons and (alive := steps["alive"][h - 1]).any():
+            error = (s - steps["s2"][h - 1])[alive] / env_model.x_std[: env_model.S]
+            errors[f"model/error_at_{h}"] = (error**2).mean().sqrt().item()
+    return errors
+
+
+def check_world_model_rollouts(args: Args) -> None:
+    least = {
+        "total_timesteps": 1, "initial_steps": 2, "steps_per_iteration": 1, "ensemble_size": 1, "model_epochs": 1,
+        "model_batch_size": 1, "model_patience": 1, "gp_points": 2, "gp_steps": 1, "horizon": 1, "policy_updates": 1,
+        "check_frequency": 1, "check_patience": 1, "num_envs": 1, "num_steps": 1, "num_minibatches": 1,
+        "update_epochs": 1, "eval_episodes": 1, "action_noise": 0,
+    }  # fmt: skip
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {value} or more")
+    for name in ("gamma", "gae_lambda", "improvement_share", "validation_share"):
+        if not 0 <= getattr(args, name) <= 1:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
+    if args.gp_points > 500:
+        sys.exit(f"--gp-points {args.gp_points}: an exact Gaussian process costs their cube; at most 500")
+    if args.num_envs * args.num_steps < 2 * args.num_minibatches:
+        sys.exit("--num-envs times --num-steps must give every minibatch two steps: lower --num-minibatches")
+    if args.behavior == "expert" and args.env_id not in EXPERTS:
+        sys.exit(f"there is no expert for {args.env_id}, only for {', '.join(EXPERTS)}: give the PATH of an agent.pt")
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Train, or evaluate; returns the rows of metrics."""
+    check_world_model_rollouts(args)
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    path = args.evaluate or args.resume
+    state = load_checkpoint(path, device) if path else None
+    if state is not None:
+        args = Args(**state["args"] | {"evaluate": args.evaluate, "resume": args.resume, "track": args.track})
+    run_name = state["run_name"] if state else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    seed_everything(args.seed, args.torch_deterministic)
+    rng = torch.Generator(device).manual_seed(args.seed)
+    real = args.model == "real"
+    seed = 100_000 * args.seed
+    envs = RealEnvs(args.env_id, args.num_envs if real else 1, device, seed, args.action_noise)
+    S, A = envs.state_size, envs.action_size
+    agent = RolloutActorCritic(S, A, args.hidden, envs.discrete).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    bounds = (envs.low, envs.high)
+    if args.model == "gp":
+        env_model: EnsembleModel = GaussianProcessModel(S, A, args.model_hidden, bounds).to(device)
+    else:
+        gaussian = args.model == "ensemble"
+        env_model = EnsembleModel(args.ensemble_size, S, A, args.model_hidden, gaussian, bounds).to(device)
+    modules = {"agent": agent, "env_model": env_model, "optimizer": optimizer}
+    K = env_model.K
+    data: dict[str, Tensor] = {}
+    global_step, iteration, num_rows, imagined_steps, minutes = 0, 0, 0, 0, 0.0
+    if state is not None:
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        global_step, iteration, num_rows = state["global_step"], state["iteration"], state["num_rows"]
+        imagined_steps, minutes, data = state["imagined_steps"], state["minutes"], state["data"]
+        rng.set_state(state["rng"].cpu())
+    if args.evaluate:
+        video = f"videos/{run_name}" if args.capture_video else None
+        returns, _ = evaluate_in_reality(
+            RealEnvs(args.env_id, args.eval_episodes, device, seed + 50_000, args.action_noise, video), agent
+        )
+        half = 1.96 * returns.std() / math.sqrt(returns.size)
+        print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
+        return [{"eval/return": float(returns.mean())}]
+    logger = Logger(args, run_name)
+    if state is not None:
+        logger.restore(num_rows)
+
+    def act(s: Tensor) -> Tensor:
+        """Features of the action that collects data, at first that of --behavior."""
+        if iteration > 1 or args.behavior not in ("random", "expert"):
+            a = behavior.sample_action(behavior.policy(s), rng)
+            return a if envs.discrete else a.clamp(-1, 1)
+        if args.behavior == "random":
+            a = torch.rand(1, A, generator=rng, device=device)
+            return F.one_hot(a.argmax(1), A).float() if envs.discrete else 2 * a - 1
+        a = torch.tensor([EXPERTS[args.env_id](s[0].cpu().numpy())], device=device)
+        return F.one_hot(a, A).float() if envs.discrete else a.float().reshape(1, A).clamp(-1, 1)
+
+    behavior = agent
+    if args.behavior not in ("random", "expert"):
+        saved = load_checkpoint(args.behavior, device)
+        behavior = RolloutActorCritic(S, A, tuple(saved["args"].get("hidden", ())), envs.discrete).to(device)
+        try:
+            behavior.load_state_dict(saved["agent"])
+        except (KeyError, RuntimeError):
+            sys.exit(f"--behavior {args.behavior} holds no agent for {args.env_id}: train one with --save-model")
+
+    results: list[dict[str, Any]] = []
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" real steps", disable=not sys.stderr.isatty())
+    while global_step < args.total_timesteps and iteration < (args.iterations or math.inf):
+        iteration += 1
+        start, before = time.perf_counter(), global_step
+        metrics: dict[str, float] = {}
+        if not real:
+            # 1. Collect real steps D with the current policy b, from a reset on.
+            if iteration > 1:
+                behavior = agent
+            if iteration == 1 and args.data:
+                data = load_data(args.data, args.env_id, envs)
+                global_step += len(data["s"])
+            else:
+                num_steps = args.initial_steps if iteration == 1 else args.steps_per_iteration
+                num_steps = min(num_steps, args.total_timesteps - global_step)
+                envs = RealEnvs(args.env_id, 1, device, seed + iteration, args.action_noise)
+                new = collect(envs, act, num_steps, int(data["episode"][-1]) + 1 if data else 0)
+                data = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
+                global_step += num_steps
+                metrics["charts/episodic_return"] = (new["r"].sum() / new["first"].sum()).item()
+            if args.save_data:
+                save_data(args.save_data, data, args.env_id)
+
+            # 2. Fit the model M(s, a) = (s', r, end), some episodes held out.
+            held_out = held_out_rows(data["episode"], args.validation_share)
+            env_model.standardize(data)
+            if args.normalize_states:
+                agent.standardize(env_model.x_mean[:S], env_model.x_std[:S], keep=iteration > 1)
+            model_loss, validation_loss, epochs = fit_networks(env_model, data, held_out, args, rng)
+            metrics |= {"losses/model_loss": model_loss, "losses/validation_loss": validation_loss}
+            metrics["model/epochs"] = epochs
+            if args.model == "gp":
+                metrics["losses/gp_loss"] = env_model.fit(data, args, rng)
+        metrics["charts/fit_seconds"] = time.perf_counter() - start
+
+        # 3. Improve the policy: J(θ) = E_τ[R(τ)] over imagined τ = s_0 →π a_0 →M s_1 → ...
+        training_envs, scale = envs, 1.0 if args.reward_scale is None else args.reward_scale
+        if not real:
+            starts = data["s"] if args.start_states == "visited" else data["s"][data["first"]]
+            training_envs = ImaginedEnvs(env_model, starts, args.num_envs, args.horizon, rng)
+            if args.reward_scale is None:
+                scale = (1 - args.gamma) / max(data["r"].abs().mean().item(), 1e-6)
+            check_starts = starts[torch.randint(len(starts), (40 * K,), generator=rng, device=device)]
+            best, best_returns = None, torch.full((K,), -math.inf, device=device)
+        losses, rollout_seconds, failures, improved = [], 0.0, 0, False
+        for update in range(args.policy_updates + 1):
+            if not real and update % args.check_frequency == 0:
+                # Stop when the imagined return has grown under fewer than 70 % of the members, and go back to the best
+                check_rng = torch.Generator(device).manual_seed(args.seed)  # the same luck at each check
+                returns = imagined_returns(env_model, agent, check_starts, envs.max_steps, check_rng, False)
+                refuse_nonfinite(returns, iteration)
+                failures += 1
+                if (returns > best_returns).float().mean() >= args.improvement_share:
+                    failures, improved, best_returns = 0, update > 0, returns
+                    # not the critic: it goes on learning, whatever comes of the actor
+                    best = {name: x.clone() for name, x in agent.state_dict().items() if "critic" not in name}
+                elif failures >= args.check_patience and improved:
+                    break
+            if update == args.policy_updates or (real and global_step >= args.total_timesteps):
+                break
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.0, 1 - global_step / args.total_timesteps)
+            rollout_start = time.perf_counter()
+            batch = policy_rollout(training_envs, agent, args.num_steps, rng)
+            refuse_nonfinite(torch.cat([batch["s2"], batch["r"][..., None]], -1), iteration)
+            rollout_seconds += time.perf_counter() - rollout_start
+            losses.append(improve_policy(agent, optimizer, batch, scale, args, rng))
+            if real:
+                global_step += args.num_envs * args.num_steps
+        if not real and args.improvement_share > 0:
+            agent.load_state_dict(best, strict=False)
+        imagined_steps += 0 if real else update * args.num_envs * args.num_steps
+        minutes += (time.perf_counter() - start) / 60
+
+        # 4. Measure: the real return, and what the model gets wrong on episodes that it never saw.
+        returns, steps = evaluate_in_reality(
+            RealEnvs(args.env_id, args.eval_episodes, device, seed + 50_000, args.action_noise), agent
+        )
+        metrics |= {"eval/return": float(returns.mean()), "charts/policy_updates": update, "charts/minutes": minutes}
+        if losses:
+            names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
+            metrics |= dict(zip(names, torch.stack(losses).mean(0).tolist(), strict=True))
+        if real:
+            metrics["charts/SPS"] = (global_step - before) / (time.perf_counter() - start)
+        else:
+            firsts = data["s"][data["first"]]
+            firsts = firsts[torch.randint(len(firsts), (20 * K,), generator=rng, device=device)]
+            imagined = imagined_returns(env_model, agent, firsts, envs.max_steps, rng, True).mean().item()
+            metrics |= {"charts/imagined_return": imagined, "charts/gap": imagined - metrics["eval/return"]}
+            metrics |= open_loop_errors(env_model, steps, (1, 5, 10, 20, 50, 100, 200, 500), rng)
+            seen = steps["alive"].flatten()
+            _, _, disagreement = env_model.moments(
+                steps["s"].flatten(0, 1)[seen][::10], steps["a"].flatten(0, 1)[seen][::10]
+            )
+            metrics |= {"model/disagreement": disagreement.mean().item(), "charts/imagined_steps": imagined_steps}
+            speed = update * args.num_envs * args.num_steps / max(rollout_seconds, 1e-9)
+            metrics["charts/imagined_steps_per_second"] = speed
+        bar.update(global_step - before)
+        logger.log(global_step, metrics)
+        results.append({"global_step": global_step, **metrics})
+        if args.save_model:
+            state = {name: module.state_dict() for name, module in modules.items()}
+            state |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "iteration": iteration}
+            state |= {"num_rows": len(logger.rows), "imagined_steps": imagined_steps, "minutes": minutes}
+            save_checkpoint(logger.path.with_name("agent.pt"), state | {"data": data, "rng": rng.get_state()})
+        if args.stop_return is not None and metrics["eval/return"] >= args.stop_return:
+            break
+    bar.close()
+    logger.close()
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
