@@ -342,7 +342,7 @@ class Task:
             if film:
                 self.envs.reset()
                 self.envs.render()  # what is missing for it is said here
-        except (gym.error.Error, ValueError) as e:
+        except (gym.error.Error, ValueError, ImportError) as e:
             sys.exit(f"can't make {env_id} of --env-ids: {str(e).splitlines()[0]}")
         actions, states = self.envs.single_action_space, self.envs.single_observation_space
         if not isinstance(actions, gym.spaces.Discrete):
@@ -464,10 +464,11 @@ class PolicyNet(nn.Module):
         """Outputs (B, A)."""
         return self.heads[task](self.features(x, task))
 
-    def with_value(self, x: Tensor, task: int = 0) -> tuple[Tensor, Tensor]:
-        """Outputs (B, A), values (B,)."""
+    def with_value(self, x: Tensor, task: int = 0, apart: bool = False) -> tuple[Tensor, Tensor]:
+        """Outputs (B, A), values (B,); `apart`: the critic's gradient stops at its head."""
         features = self.features(x, task)
-        return self.heads[task](features), self.critics[task](features).squeeze(-1)
+        read = features.detach() if apart else features
+        return self.heads[task](features), self.critics[task](read).squeeze(-1)
 
 
 def acting_parameters(net: PolicyNet) -> int:
@@ -712,8 +713,20 @@ def check_distillation(args: Args) -> None:
     doubled = len(set(args.env_ids)) < len(args.env_ids)
     for wrong, message in (
         (not args.env_ids or doubled, f"--env-ids {' '.join(args.env_ids)}: give one or more, each once"),
-        (min(args.student_scale, default=0) <= 0, "--student-scale: give one or more shares above 0"),
-        (args.temperature is not None and args.temperature <= 0, f"--temperature {args.temperature}: must be above 0"),
+        (
+            not args.student_scale or not all(0 < scale < math.inf for scale in args.student_scale),
+            "--student-scale: give one or more shares above 0",
+        ),
+        (
+            args.temperature is not None and not 0 < args.temperature < math.inf,
+            f"--temperature {args.temperature}: must be above 0, and finite",
+        ),
+        (not 0 <= args.seed < 4_000_000, f"--seed {args.seed}: must be from 0 to 3,999,999"),
+        (args.teacher_timesteps is not None and args.teacher_timesteps < 1, "--teacher-timesteps: must be 1 or more"),
+        (args.learning_rate is not None and not args.learning_rate > 0, "--learning-rate: must be above 0"),
+        (not args.distill_learning_rate > 0, "--distill-learning-rate: must be above 0"),
+        (not args.max_grad_norm > 0, "--max-grad-norm: must be above 0"),
+        (not 0 < args.tau <= 1, f"--tau {args.tau}: must be above 0 and at most 1"),
         (not 0 <= args.epsilon <= 1, f"--epsilon {args.epsilon}: must be from 0 to 1"),
         (args.gamma is not None and not 0 <= args.gamma <= 1, f"--gamma {args.gamma}: must be from 0 to 1"),
         (args.loss == "mse" and args.teacher != "dqn" and not args.teacher_path, NEEDS_Q_VALUES),
@@ -732,7 +745,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     if path:
         state = load_checkpoint(path, device)
-        if set(state["args"]) != {field.name for field in fields(Args)}:
+        known = {"teachers", "students", "run_name"} <= set(state)
+        if not known or set(state["args"]) != {field.name for field in fields(Args)}:
             sys.exit(f"{path} is of another script or version: give an agent.pt of this distillation.py")
         now = {name: getattr(args, name) for name in ("evaluate", "resume", "track", "capture_video")}
         args = Args(**state["args"] | now)
@@ -851,7 +865,9 @@ def main(args: Args) -> list[dict[str, Any]]:
                 rollout = []
                 for _ in range(args.num_steps):
                     x = observations[i]
-                    logits, value = student.with_value(x, i) if args.correction else (student(x, i), x.new_zeros(()))
+                    # apart: sums of divergences are large, and the trunk is the policy's
+                    both = student.with_value(x, i, apart=True) if args.correction else (student(x, i), x.new_zeros(()))
+                    logits, value = both
                     noise = torch.empty_like(logits).exponential_(generator=rng)
                     action = sample(logits.detach(), noise)
                     observations[i], _, terminated, truncated, true_next = task.step(action)
@@ -873,6 +889,8 @@ def main(args: Args) -> list[dict[str, Any]]:
                 loss = loss + torch.stack([distill_loss, value_loss]) / len(tasks)
             optimizer.zero_grad(set_to_none=True)
             (loss[0] + args.vf_coef * loss[1]).backward()
+            if args.correction:  # a policy gradient, as the teacher's
+                nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
             optimizer.step()
             schedule.step()
             sums += loss.detach()

@@ -464,6 +464,21 @@ def test_a_seed_reproduces_the_run(tmp_path, monkeypatch, kwargs):
     assert all(same[0]) and not all(same[1])
 
 
+def test_the_loss_of_the_loop_is_a_mean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(Args(**SMALL | {"distill_steps": 1, "save_model": True}))
+    (path,) = tmp_path.glob("runs/*/agent.pt")
+    losses = []
+    for batch_size in (32, 512):
+        flags = {"teacher_path": (str(path),), "distill_steps": 1, "batch_size": batch_size, "save_model": False}
+        main(Args(**SMALL | flags | {"exp_name": f"of{batch_size}"}))
+        (folder,) = tmp_path.glob(f"runs/*of{batch_size}*")
+        header, *rows = (folder / "metrics.csv").read_text().splitlines()
+        column = header.split(",").index("losses/distillation")
+        losses.append(next(float(row.split(",")[column]) for row in rows if row.split(",")[column]))
+    assert losses[0] == pytest.approx(losses[1], rel=0.5) and losses[0] > 0
+
+
 def test_three_tasks_in_one_student(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     env_ids = ("CartPole-v1", "Acrobot-v1", "Sokoban-v0")
