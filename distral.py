@@ -27,7 +27,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -232,6 +232,13 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
     if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
         sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
     return state
+
+
+def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint; exits if another script wrote it."""
+    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
+        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+    return Args(**state["args"])
 
 
 def keep_freed_memory() -> None:
@@ -449,9 +456,17 @@ def write_films(agent: DistralAgent, args: Args, folder: pathlib.Path, size: tup
 
 
 def check_distral(args: Args) -> None:
-    for name in ("total_timesteps", "num_envs", "num_steps", "log_frames", "eval_episodes", "max_episode_steps"):
+    for name in (
+        "total_timesteps", "num_envs", "num_steps", "log_frames", "eval_episodes", "max_episode_steps", "channels",
+        "dense",
+    ):  # fmt: skip
         if getattr(args, name) < 1:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if not 0 <= args.seed < 4_000_000:
+        sys.exit(f"--seed {args.seed}: must be from 0 to 3,999,999")
     for name in ("alpha", "gamma", "gae_lambda"):
         if not 0 <= getattr(args, name) <= 1:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
@@ -470,8 +485,8 @@ def main(args: Args) -> dict[str, float]:
     if state is not None:
         if "agent" not in state or "envs" not in state:
             sys.exit(f"{path} is no checkpoint of distral.py")
-        kept = {"evaluate": args.evaluate, "resume": args.resume, "track": args.track}
-        args = Args(**state["args"] | kept | {"capture_video": args.capture_video})
+        kept = {name: getattr(args, name) for name in ("evaluate", "resume", "track", "capture_video")}
+        args = replace(saved_args(path, state), **kept)
     check_distral(args)
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
@@ -487,7 +502,12 @@ def main(args: Args) -> dict[str, float]:
         sys.exit(str(e))
     agent = DistralAgent(args, H, W).to(device)
     columns = [[*column.parameters()] for column in (*agent.own, *([agent.shared] if agent.shared else []))]
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
+    groups: list[dict[str, Any]] = [{"params": [*agent.own.parameters()]}]
+    if agent.shared:
+        # In one column π_0's gradient holds nothing without the factor α/β: Adam's eps has to be as small
+        alone = args.algorithm == "distral" and args.columns == 1
+        groups.append({"params": [*agent.shared.parameters()], "eps": 1e-5 * (alpha / beta if alone else 1)})
+    optimizer = torch.optim.Adam(groups, args.learning_rate, eps=1e-5)
     if state:
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(state["optimizer"])

@@ -24,7 +24,7 @@ import pathlib
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -203,6 +203,13 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
     if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
         sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
     return state
+
+
+def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint; exits if another script wrote it."""
+    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
+        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+    return Args(**state["args"])
 
 
 # -------------------------------------------------------------------------------------------------------- environment
@@ -384,8 +391,9 @@ def check_distral_tabular(args: Args) -> None:
     for name in ("beta", "learning_rate", "pseudo_count", "distill_learning_rate"):
         if not 0 < getattr(args, name) < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, and finite")
-    if args.first_goal < 0:
-        sys.exit(f"--first-goal {args.first_goal}: must be 0 or more")
+    for name in ("seed", "first_goal"):
+        if getattr(args, name) < 0:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
     if args.num_steps > args.eval_frequency or args.eval_frequency % args.num_steps:
         sys.exit(f"--eval-frequency {args.eval_frequency}: must be a multiple of --num-steps {args.num_steps}")
 
@@ -395,10 +403,10 @@ def main(args: Args) -> dict[str, Any]:
     check_distral_tabular(args)
     path = args.evaluate or args.distilled
     state = load_checkpoint(path, "cpu") if path else None
-    if state is not None and "log_prior" not in state:
+    if state is not None and not {"log_prior", "Q", "counts", "goals"} <= set(state):
         sys.exit(f"{path} holds no tables of distral_tabular.py")
     if args.evaluate:
-        args = Args(**state["args"] | {"evaluate": args.evaluate})
+        args = replace(saved_args(path, state), evaluate=args.evaluate)
     seed_everything(args.seed, args.torch_deterministic)
     rng = np.random.default_rng(args.seed)
     cells, ahead, corridor = read_rooms()
@@ -415,6 +423,8 @@ def main(args: Args) -> dict[str, Any]:
         if state["log_prior"].shape != log_prior.shape:
             sys.exit(f"{path} has tables {tuple(state['log_prior'].shape)}, these flags {log_prior.shape}: same flags?")
         counts, log_prior = state["counts"].numpy().copy(), state["log_prior"].numpy().copy()
+        if args.distilled and (goals[:, :, None] == state["goals"].numpy()[:, None]).any():
+            print(f"the π_0 of {path} has seen some of these goals: --first-goal skips them", file=sys.stderr)
 
     def returns(policy: np.ndarray | None) -> np.ndarray:
         """Exact returns (E, n) of policies (E, n, S, A)."""
@@ -455,7 +465,8 @@ def main(args: Args) -> dict[str, Any]:
     finished: list[np.ndarray] = []
     start = time.perf_counter()
     for global_step in tqdm(range(0, args.total_timesteps + 1, T), disable=not sys.stderr.isatty()):
-        if global_step % args.eval_frequency == 0:
+        over = global_step + T > args.total_timesteps
+        if global_step % args.eval_frequency == 0 or over:
             result = evaluations()
             metrics = {name: sum(share) / E for name, share in result.items()}
             metrics["charts/SPS"] = global_step * E * n / (time.perf_counter() - start)
@@ -466,6 +477,8 @@ def main(args: Args) -> dict[str, Any]:
             logger.log(global_step, metrics)
             results.append({"global_step": global_step, **metrics, **result})
             errors, finished = [], []
+        if over:
+            break
 
         # 1. Act: T steps in each task, a_t ~ π_i(a|s) = π_0(a|s)^α exp(β (Q_i(s,a) - V_i(s)))
         rollout = []

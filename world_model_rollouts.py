@@ -31,7 +31,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -274,6 +274,13 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
     return state
 
 
+def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint; exits if another script wrote it."""
+    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
+        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+    return Args(**state["args"])
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next tensors: page faults cost more than small networks' arithmetic."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
@@ -331,7 +338,7 @@ class RealEnvs:
                 self.envs[0].reset()
                 self.envs[0].render()  # what is missing for it is said here
                 self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], video)
-        except (gym.error.Error, ValueError) as e:
+        except (gym.error.Error, ValueError, ImportError) as e:
             sys.exit(f"can't make --env-id {env_id}: {str(e).splitlines()[0]}")
         self.device, self.noise, self.rng = device, noise, np.random.default_rng(seed)
         states, actions = self.envs[0].observation_space, self.envs[0].action_space
@@ -343,7 +350,9 @@ class RealEnvs:
             )
         self.state_size = states.shape[0]
         self.action_size = int(actions.n) if self.discrete else actions.shape[0]
-        self.low, self.high = (torch.as_tensor(x, device=device) for x in (states.low, states.high))
+        self.low, self.high = (
+            torch.as_tensor(x, dtype=torch.float32, device=device) for x in (states.low, states.high)
+        )
         self.max_steps = self.envs[0].spec.max_episode_steps or 1000
         self.s = self._tensor([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)])  # (B, S)
 
@@ -356,7 +365,7 @@ class RealEnvs:
         if self.discrete:
             random_actions = self.rng.integers(space.n, size=len(a))
             noisy = self.rng.random(len(a)) < self.noise
-            actions = np.where(noisy, random_actions, a.argmax(-1).cpu().numpy())
+            actions = space.start + np.where(noisy, random_actions, a.argmax(-1).cpu().numpy())
         else:
             noisy = np.clip(a.cpu().numpy() + self.noise * self.rng.standard_normal(a.shape), -1, 1)
             actions = (space.low + (noisy + 1) / 2 * (space.high - space.low)).astype(space.dtype)
@@ -604,19 +613,20 @@ class GaussianProcessModel(EnsembleModel):
 
     @torch.no_grad()
     def condition(self, x: Tensor, y: Tensor) -> None:
-        """Keep the points (N, D), α = (K + σ_n² I)⁻¹ y (O, N), and L⁻¹ (O, N, N), which single precision can take."""
+        """Keep the points (N, D), α = (K + σ_n² I)⁻¹ y (O, N), and L⁻¹ (O, N, N)."""
         L = self.factor(x)
         self.points, self.alpha = x, torch.cholesky_solve(y[..., None], L).squeeze(-1)
         eye = torch.eye(len(x), dtype=x.dtype, device=x.device).expand_as(L)
-        self.inverse = torch.linalg.solve_triangular(L, eye, upper=False).float()
+        self.inverse = torch.linalg.solve_triangular(L, eye, upper=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(1, B, S + A) -> of an observation, the mean k*ᵀα and log(k** - k*ᵀ(K + σ_n² I)⁻¹k* + σ_n²): (1, B, O)."""
         k = self.kernel(self.points, ((x[0] - self.x_mean) / self.x_std).double())  # (O, N, B)
-        mean = (self.alpha[:, None] @ k).squeeze(1).float()  # (O, B)
-        explained = (self.inverse @ k.float()).square().sum(1)  # |L⁻¹ k*|²
-        variance = ((2 * self.log_signal).exp()[:, None] - explained).clamp_min(0) + self.noise(mean)[:, None]
-        return mean.T[None], variance.log().T[None]
+        mean = (self.alpha[:, None] @ k).squeeze(1)  # (O, B)
+        explained = (self.inverse @ k).square().sum(1)  # |L⁻¹ k*|²; in single precision k** - it is mostly rounding
+        signal = (2 * self.log_signal.double()).exp()[:, None]  # k** = σ_f²
+        variance = (signal - explained).clamp_min(0) + self.noise(mean)[:, None]
+        return mean.T[None].float(), variance.log().T[None].float()
 
     def load_state_dict(self, state: dict[str, Tensor], **kwargs: Any) -> Any:
         for name in ("points", "alpha", "inverse"):  # as many points as there were
@@ -730,7 +740,7 @@ def improve_policy(
     flat, total, count = [batch[name].flatten(0, 1) for name in names], torch.zeros(3, device=done.device), 0
     for _ in range(args.update_epochs):
         order = torch.randperm(done.numel(), generator=rng, device=done.device)
-        for rows in order.split(math.ceil(done.numel() / args.num_minibatches)):
+        for rows in order.tensor_split(args.num_minibatches):
             s, a, old_log_prob, old_value, advantage = (x[rows] for x in flat)
             log_prob, entropy = agent.log_prob(agent.policy(s), a)
             losses = clipped_losses(log_prob, old_log_prob, advantage, agent.value(s), old_value, args)
@@ -789,16 +799,18 @@ def load_data(path: str, env_id: str, envs: RealEnvs) -> dict[str, Tensor]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in ("env_id", "s", "a", "s2", "r", "end", "episode", "first")}
+            kinds = {"env_id": str, "episode": np.int64, "first": bool}
+            names = ("env_id", "s", "a", "s2", "r", "end", "episode", "first")
+            data = {name: np.asarray(file[name], kinds.get(name, np.float32)) for name in names}
     except OSError as e:
         sys.exit(f"can't read {path}: {e.strerror or 'no .npz file'}")
     except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         sys.exit(f"{path} is damaged, or no data set of --save-data: collect one, or take an older copy")
     if (other := str(data.pop("env_id"))) != env_id:
         sys.exit(f"{path} holds steps of {other}: give --env-id {other}, or a data set of {env_id}")
-    N = len(data["s"])
+    N = data["s"].shape[0] if data["s"].ndim == 2 else 0
     widths = {"s": (N, envs.state_size), "s2": (N, envs.state_size), "a": (N, envs.action_size)}
-    if any(x.shape != widths.get(name, (N,)) for name, x in data.items()) or not N:
+    if any(x.shape != widths.get(name, (N,)) for name, x in data.items()) or not N or not data["first"].any():
         sys.exit(f"{path} is {'empty' if not N else 'damaged: its arrays do not fit together'}: collect another one")
     if not all(np.isfinite(x).all() for x in data.values()):
         sys.exit(f"{path} holds numbers that are not finite: collect another one")
@@ -866,14 +878,19 @@ def check_world_model_rollouts(args: Args) -> None:
         "total_timesteps": 1, "initial_steps": 2, "steps_per_iteration": 1, "ensemble_size": 1, "model_epochs": 1,
         "model_batch_size": 1, "model_patience": 1, "gp_points": 2, "gp_steps": 1, "horizon": 1, "policy_updates": 1,
         "check_frequency": 1, "check_patience": 1, "num_envs": 1, "num_steps": 1, "num_minibatches": 1,
-        "update_epochs": 1, "eval_episodes": 1, "action_noise": 0,
+        "update_epochs": 1, "eval_episodes": 1, "action_noise": 0, "seed": 0, "clip_coef": 0, "max_grad_norm": 0,
     }  # fmt: skip
-    for name, value in least.items():
-        if getattr(args, name) < value:
+    for name, value in (least | ({} if args.iterations is None else {"iterations": 1})).items():
+        if not getattr(args, name) >= value:  # also what is no number
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {value} or more")
     for name in ("gamma", "gae_lambda", "improvement_share", "validation_share"):
         if not 0 <= getattr(args, name) <= 1:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
+    for name in ("learning_rate", "model_learning_rate"):
+        if not getattr(args, name) > 0:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if min(*args.hidden, *args.model_hidden, 1) < 1:
+        sys.exit(f"--hidden {args.hidden} --model-hidden {args.model_hidden}: a layer has at least one unit")
     if args.gp_points > 500:
         sys.exit(f"--gp-points {args.gp_points}: an exact Gaussian process costs their cube; at most 500")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
@@ -890,7 +907,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state is not None:
-        args = Args(**state["args"] | {"evaluate": args.evaluate, "resume": args.resume, "track": args.track})
+        names = ("evaluate", "resume", "track", *(("eval_episodes", "capture_video") if args.evaluate else ()))
+        args = replace(saved_args(path, state), **{name: getattr(args, name) for name in names})
     run_name = state["run_name"] if state else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
@@ -924,6 +942,8 @@ def main(args: Args) -> list[dict[str, Any]]:
         half = 1.96 * returns.std() / math.sqrt(returns.size)
         print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
         return [{"eval/return": float(returns.mean())}]
+    if global_step >= args.total_timesteps:
+        sys.exit(f"{path} has had all of its {global_step} steps: --evaluate it, or train anew with more")
     logger = Logger(args, run_name)
     if state is not None:
         logger.restore(num_rows)
@@ -942,10 +962,10 @@ def main(args: Args) -> list[dict[str, Any]]:
     behavior = agent
     if args.behavior not in ("random", "expert"):
         saved = load_checkpoint(args.behavior, device)
-        behavior = RolloutActorCritic(S, A, tuple(saved["args"].get("hidden", ())), envs.discrete).to(device)
         try:
+            behavior = RolloutActorCritic(S, A, tuple(saved["args"].get("hidden", ())), envs.discrete).to(device)
             behavior.load_state_dict(saved["agent"])
-        except (KeyError, RuntimeError):
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
             sys.exit(f"--behavior {args.behavior} holds no agent for {args.env_id}: train one with --save-model")
 
     results: list[dict[str, Any]] = []
@@ -978,6 +998,8 @@ def main(args: Args) -> list[dict[str, Any]]:
             if args.normalize_states:
                 agent.standardize(env_model.x_mean[:S], env_model.x_std[:S], keep=iteration > 1)
             model_loss, validation_loss, epochs = fit_networks(env_model, data, held_out, args, rng)
+            if not math.isfinite(model_loss + validation_loss):
+                sys.exit(f"the model's loss is {model_loss} in iteration {iteration}: lower --model-learning-rate")
             metrics |= {"losses/model_loss": model_loss, "losses/validation_loss": validation_loss}
             metrics["model/epochs"] = epochs
             if args.model == "gp":
@@ -995,7 +1017,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             best, best_returns = None, torch.full((K,), -math.inf, device=device)
         losses, rollout_seconds, failures, improved = [], 0.0, 0, False
         for update in range(args.policy_updates + 1):
-            if not real and update % args.check_frequency == 0:
+            if not real and (update % args.check_frequency == 0 or update == args.policy_updates):
                 # Stop when the imagined return has grown under fewer than 70 % of the members, and go back to the best
                 check_rng = torch.Generator(device).manual_seed(args.seed)  # the same luck at each check
                 returns = imagined_returns(env_model, agent, check_starts, envs.max_steps, check_rng, False)

@@ -47,7 +47,7 @@ COLOURS = dict(zip(VARIANTS, ("#c03a2b", "#1f6fb4", "#888888", "#e08b3e", "#8e5e
 
 @dataclass
 class Args:
-    variants: tuple[str, ...] = tuple(VARIANTS)[:5]
+    variants: tuple[str, ...] = tuple(VARIANTS)
     """which of the variants above"""
     seeds: int = 5
     """seeds 1 to N"""

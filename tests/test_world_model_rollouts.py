@@ -739,7 +739,13 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys, model):
         assert rest[0][name] == pytest.approx(whole[1][name], rel=1e-6)  # bit for bit, but for the episode's luck
     lines = (path.parent / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["global_step", "80", "160"]
-    assert main(Args(evaluate=str(path)))[0]["eval/return"] == pytest.approx(rest[0]["eval/return"])
+    evaluation = main(Args(evaluate=str(path), eval_episodes=args["eval_episodes"]))[0]["eval/return"]
+    assert evaluation == pytest.approx(rest[0]["eval/return"])
+    with pytest.raises(SystemExit, match="has had all of its 160 steps"):
+        main(Args(resume=str(path)))
+    torch.save({"args": {"size": 7}}, path)
+    with pytest.raises(SystemExit, match=r"is of another script or version: the flags .*horizon"):
+        main(Args(evaluate=str(path)))
     path.write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="damaged"):
         main(Args(resume=str(path)))
