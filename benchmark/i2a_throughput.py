@@ -112,7 +112,8 @@ def main(args: Args) -> None:
                 "--eval-episodes",
                 "1",
             ]
-            command = [sys.executable, str(ROOT / "i2a.py"), *flags, *steps, "--env-model-path", "model.pt"]
+            steps += ["--env-model-path", "model.pt"] if settings.agent == "i2a" else []
+            command = [sys.executable, str(ROOT / "i2a.py"), *flags, *steps]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             output = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
             speed = max(float(text.split()[0]) for text in output.stdout.split("charts/SPS=")[1:])
