@@ -851,7 +851,7 @@ def refused(*flags: str) -> str:
         (["--lstm", "1"], "lstm is 1"),
         (["--gamma", "2"], "gamma"),
         (["--learning-rate", "-1"], "learning rate"),
-        (["--width-multiplier", "0"], "widths"),
+        (["--width-multiplier", "0"], "width_multiplier makes a width of 0"),
         (["--cnn-channels"], "channels"),
         (["--agent", "model-free", "--env-model-path", "x.pt"], "--env-model-path needs"),
         (["--eval-levels", "nowhere.txt"], "nowhere.txt"),
