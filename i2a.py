@@ -294,6 +294,13 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
     return state
 
 
+def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint; exits if another script wrote it."""
+    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
+        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+    return Args(**state["args"])
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next tensors: page faults cost more than small networks' arithmetic."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
@@ -899,10 +906,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     given = tyro.cli(Args, args=argv)
     if not (path := given.resume or given.evaluate):
         return tyro.cli(Args, args=argv, default=replace(Args(), **PRESETS[given.preset]))
-    saved = load_checkpoint(path, "cpu")["args"]
-    if unknown := set(saved) ^ {field.name for field in fields(Args)}:
-        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
-    args = tyro.cli(Args, args=argv, default=Args(**saved))
+    args = tyro.cli(Args, args=argv, default=saved_args(path, load_checkpoint(path, "cpu")))
     return replace(args, eval_levels=given.levels) if given.evaluate and given.levels else args
 
 
@@ -1005,7 +1009,7 @@ def main(args: Args) -> None:
                 data = collect_transitions(args, collector, args.model_frames - tenth, seed, device, levels)
                 held_out = collect_transitions(args, collector, tenth, EVAL_SEED // 2 + seed, device, levels)
                 pretrain_model(env_model, data, held_out, args, rng, logger, stop)
-            if stop and world == 1:
+            if stop:
                 sys.exit(
                     f"stopped while the model learned; python i2a.py --resume {folder}/checkpoint.pt begins that anew"
                 )

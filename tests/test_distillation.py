@@ -405,6 +405,16 @@ def test_tasks_share_the_trunk_and_nothing_else():
         assert net.trunk[0].weight.grad.abs().sum() > 0
 
 
+def test_a_critic_apart_moves_its_head_only():
+    net = distillation.PolicyNet([(7, 7)], [5], (4, 4, 8), critic=True)
+    boards = torch.randint(7, (6, 7, 7), dtype=torch.uint8)
+    for apart in (True, False):
+        net.zero_grad()
+        net.with_value(boards, apart=apart)[1].sum().backward()
+        assert (net.trunk[0].weight.grad is None or not net.trunk[0].weight.grad.any()) == apart
+        assert net.critics[0].weight.grad.any()
+
+
 def test_counting_leaves_the_critic_out():
     with_critic, without = (PolicyNet([(4,)], [2], (8, 8), critic) for critic in (True, False))
     assert acting_parameters(with_critic) == acting_parameters(without) == 4 * 8 + 8 + 8 * 8 + 8 + 8 * 2 + 2

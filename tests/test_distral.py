@@ -386,3 +386,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="lower --learning-rate"):
         main(Args(**SMALL | {"learning_rate": 1e30, "total_timesteps": 640}))
+
+
+@pytest.mark.parametrize(("columns", "factor"), [(1, 0.5 / 500), (2, 1.0)])
+def test_adams_eps_is_as_small_as_the_gradients_of_a_prior_alone(tmp_path, monkeypatch, columns, factor):
+    monkeypatch.chdir(tmp_path)
+    optimizers, adam = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **kw: optimizers.append(adam(*args, **kw)) or optimizers[-1])
+    main(Args(**SMALL | {"columns": columns, "alpha": 0.5, "beta": 500.0}))
+    assert [group["eps"] for group in optimizers[0].param_groups] == pytest.approx([1e-5, 1e-5 * factor])

@@ -484,6 +484,13 @@ def test_the_loop_bootstraps_from_the_true_last_frames(monkeypatch: pytest.Monke
     assert sum(checked) > 50
 
 
+def test_measuring_changes_nothing():
+    for log_frames in ("100", "1000"):
+        i2a.main(i2a.parse_args([*TINY, "--log-frames", log_frames, "--exp-name", f"every{log_frames}"]))
+    one, other = (torch.load(next(pathlib.Path("runs").glob(f"*every{n}__*/agent.pt"))) for n in (100, 1000))
+    assert all(torch.equal(value, other["networks"][name]) for name, value in one["networks"].items())
+
+
 @pytest.mark.parametrize("finetune", [False, True])
 def test_a_run_moves_what_it_should(finetune: bool, monkeypatch: pytest.MonkeyPatch):
     networks, first = [], []

@@ -156,6 +156,34 @@ def test_gaussian_process_posterior_and_marginal_likelihood_in_closed_form():
         assert nll[o].item() == pytest.approx(expected[2], rel=1e-6)
 
 
+def test_gaussian_process_is_sure_where_smooth_data_are_dense():
+    """k** - |L⁻¹k*|² is a small difference of large numbers: rounded to single precision, it would be 0 or far off."""
+    model = GaussianProcessModel(1, 1, (4,), wide(1))
+    with torch.no_grad():
+        model.log_signal.fill_(3.0)
+        model.log_noise.fill_(-5.5)
+    x = torch.cartesian_prod(*[torch.linspace(-1, 1, 7, dtype=torch.float64)] * 2)
+    model.condition(x, x.sin().T.contiguous())
+    z = torch.rand(50, 2) * 2 - 1
+    _, logvar = model(z[None])
+    hyper = (model.log_scale[0].exp(), model.log_signal[0].exp(), model.log_noise[0].exp())
+    expected = numpy_posterior(
+        x.numpy(), x[:, 0].sin().numpy(), z.double().numpy(), *(h.detach().double().numpy() for h in hyper)
+    )
+    np.testing.assert_allclose(logvar[0, :, 0].exp().detach(), expected[1], rtol=0.2)
+
+
+def test_every_update_of_the_policy_is_judged(tmp_path, monkeypatch):
+    """Updates after the last multiple of --check-frequency too: else they would be thrown away unseen."""
+    monkeypatch.chdir(tmp_path)
+    checks, imagined = [], world_model_rollouts.imagined_returns
+    monkeypatch.setattr(
+        world_model_rollouts, "imagined_returns", lambda *args: checks.append(args[5]) or imagined(*args)
+    )
+    main(Args(**SMALL | {"policy_updates": 5, "total_timesteps": 80, "improvement_share": 0.7}))
+    assert checks == [False, False, False, True]  # after 0, 4 and 5 updates; greedy, for the gap
+
+
 def test_gaussian_process_as_scikit_learns():
     gaussian_process = pytest.importorskip("sklearn.gaussian_process")
     model, x, y = small_process()
