@@ -1,12 +1,15 @@
-"""What a trained agent can do beside its task: other numbers of boxes, Monte-Carlo search, a picture; and chance.
+"""What a trained agent can do beside its task: other numbers of boxes, Monte-Carlo search, pictures; and chance.
 
-python benchmark/i2a_evaluate.py boxes agent.pt
-python benchmark/i2a_evaluate.py search agent.pt --env-model perfect
+python benchmark/i2a_evaluate.py boxes agent.pt other_agent.pt
+python benchmark/i2a_evaluate.py search agent.pt --env-models own perfect
 python benchmark/i2a_evaluate.py lesions agent.pt
 python benchmark/i2a_evaluate.py picture agent.pt --output docs/i2a_imagined.png
+python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7.pt --output docs/i2a_film.gif
 """
 
+import functools
 import json
+import os
 import pathlib
 import sys
 from dataclasses import dataclass, replace
@@ -16,6 +19,7 @@ import matplotlib
 import numpy as np
 import torch
 import tyro
+from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,6 +31,7 @@ import i2a
 from sokoban_env import SokobanVectorEnv, convert_observation
 
 CPU = torch.device("cpu")
+ACTIONS = ("no-op", "up", "down", "left", "right")
 
 
 def load(path: str, **changes: object) -> tuple[i2a.Args, torch.nn.ModuleDict]:
@@ -106,12 +111,22 @@ def lesions(flags: Lesions) -> None:
     write_rows(rows, "i2a_lesions.csv")
 
 
+def variant_of(args: i2a.Args) -> dict[str, object]:
+    """What tells an agent apart in the tables."""
+    names = {"learned": "i2a", "poor": "poor", "perfect": "perfect", "copy": "copy"}
+    variant = "model-free" if args.agent == "model-free" else names[args.env_model]
+    if args.agent == "i2a" and args.imagination_depth != 3:
+        variant = f"depth-{args.imagination_depth}"
+    task = f"{args.size}x{args.size}-{args.num_boxes}"
+    return {"task": task, "variant": variant, "seed": args.seed}
+
+
 @dataclass
 class Boxes:
-    """Levels with 1 to `most` boxes: the paper's generalisation table."""
+    """Levels with 1 to `most` boxes: the paper's generalisation table, benchmark/results/i2a_boxes.csv."""
 
-    path: Annotated[str, tyro.conf.Positional]
-    """agent.pt or checkpoint.pt"""
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """agent.pt or checkpoint.pt of each agent"""
     most: int = 7
     """most boxes (no more than the generator makes at this size)"""
     episodes: int = 500
@@ -119,21 +134,26 @@ class Boxes:
 
 
 def boxes(flags: Boxes) -> None:
-    args, networks = load(flags.path, eval_episodes=flags.episodes)
-    for num_boxes in range(1, min(flags.most, args.size // 2) + 1):
-        levels = i2a.held_out_levels(replace(args, num_boxes=num_boxes))
-        metrics, _ = i2a.evaluate(args, networks, levels, CPU)
-        print(json.dumps({"boxes": num_boxes} | metrics), flush=True)
+    rows = []
+    for path in flags.paths:
+        args, networks = load(path, eval_episodes=flags.episodes)
+        for num_boxes in range(1, min(flags.most, args.size // 2) + 1):
+            levels = i2a.held_out_levels(replace(args, num_boxes=num_boxes))
+            metrics, _ = i2a.evaluate(args, networks, levels, CPU)
+            rows.append(variant_of(args) | {"boxes": num_boxes, "levels": flags.episodes} | metrics)
+            print(json.dumps(rows[-1]), flush=True)
+    write_rows(rows, "i2a_boxes.csv")
 
 
 @dataclass
 class Search:
     """The paper's Monte-Carlo search: roll out each action with π̂ in a model, and take the best mean of discounted
-    rewards and the agent's value of the last frame (for which it imagines once more, in its own model)."""
+    rewards and the agent's value of the last frame (for which it imagines once more, in its own model):
+    benchmark/results/i2a_search.csv, with each agent's own play beside it."""
 
-    path: Annotated[str, tyro.conf.Positional]
-    """agent.pt or checkpoint.pt of an I2A"""
-    env_model: Literal["own", "perfect", "copy"] = "own"
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """agent.pt or checkpoint.pt of each I2A"""
+    env_models: tuple[Literal["own", "perfect", "copy"], ...] = ("own", "perfect")
     """own: the agent's; perfect: the simulator"""
     rollouts: int = 10
     """rollouts of each action"""
@@ -144,13 +164,14 @@ class Search:
 
 
 @torch.no_grad()
-def search(flags: Search) -> None:
-    args, networks = load(flags.path, eval_episodes=flags.episodes)
+def search_with(path: str, env_model: str, flags: Search) -> dict[str, object]:
+    """A row of the table: the agent of `path`, searching in `env_model`."""
+    args, networks = load(path, eval_episodes=flags.episodes)
     agent, rollout_policy = networks["agent"], getattr(networks, "rollout_policy", None)
     model = networks["env_model"]
-    if flags.env_model != "own":
+    if env_model != "own":
         kind = args.observation
-        model = i2a.PerfectModel(kind, args.size) if flags.env_model == "perfect" else i2a.CopyModel(kind, 1, 1)
+        model = i2a.PerfectModel(kind, args.size) if env_model == "perfect" else i2a.CopyModel(kind, 1, 1)
     rng = torch.Generator().manual_seed(args.seed)
     dream = i2a.imagination(args, networks, rng)
     discounts = args.gamma ** torch.arange(flags.depth)[:, None, None, None]
@@ -180,7 +201,22 @@ def search(flags: Search) -> None:
     searching = torch.nn.ModuleDict({"agent": Planner()})
     metrics, _ = i2a.evaluate(replace(args, agent="model-free"), searching, i2a.held_out_levels(args), CPU)
     solved = max(1, round(metrics["eval/solved"] * flags.episodes))
-    print(json.dumps({"env_model": flags.env_model, "imagined_steps_per_solved": imagined_steps / solved} | metrics))
+    settings = {"search_model": env_model, "rollouts": flags.rollouts, "depth": flags.depth, "levels": flags.episodes}
+    return variant_of(args) | settings | {"imagined_steps_per_solved": imagined_steps / solved} | metrics
+
+
+def search(flags: Search) -> None:
+    rows = []
+    for path in flags.paths:
+        args, networks = load(path, eval_episodes=flags.episodes)
+        metrics, _ = i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)
+        settings = {"search_model": "none: the agent itself", "rollouts": 0, "depth": 0, "levels": flags.episodes}
+        row = variant_of(args) | settings
+        rows.append(row | {"imagined_steps_per_solved": metrics.pop("eval/imagined_steps_per_solved")} | metrics)
+        rows += [search_with(path, env_model, flags) for env_model in flags.env_models]
+        for row in rows[-1 - len(flags.env_models) :]:
+            print(json.dumps(row), flush=True)
+    write_rows(rows, "i2a_search.csv")
 
 
 @dataclass
@@ -208,7 +244,6 @@ def picture(flags: Picture) -> None:
     models = (networks["env_model"], i2a.PerfectModel(args.observation, args.size))
     (ours, rewards, _), (true, true_rewards, alive) = (i2a.imagine(m, rollout_policy, frames, noise) for m in models)
     figure, axes = plt.subplots(2 * i2a.A, flags.depth + 1, figsize=(1.3 * flags.depth + 1.5, 2.6 * i2a.A))
-    names = ("no-op", "up", "down", "left", "right")
     for a in range(i2a.A):
         for row, (boards, paid) in enumerate(((ours, rewards), (true, true_rewards))):
             pictures = [frames[0, -1], *boards[:, a]]
@@ -219,15 +254,118 @@ def picture(flags: Picture) -> None:
                     axis.set_title(f"{float(paid[d - 1, a]):+.1f}" if alive[d - 1, a] else "over", fontsize=7)
                 wrong = d > 0 and bool(alive[d - 1, a]) and not torch.equal(ours[d - 1, a], true[d - 1, a])
                 plt.setp(axis.spines.values(), color="red" if wrong else "black", linewidth=3 if wrong else 0.5)
-            axes[2 * a + row, 0].set_ylabel(f"{names[a]}\n{'imagined' if row == 0 else 'happened'}", fontsize=8)
+            axes[2 * a + row, 0].set_ylabel(f"{ACTIONS[a]}\n{'imagined' if row == 0 else 'happened'}", fontsize=8)
     figure.tight_layout(pad=0.3)
     figure.savefig(flags.output, dpi=90)
     exact = np.mean([torch.equal(x, y) for x, y in zip(ours, true, strict=True)])
     print(f"{flags.output}: {exact:.2f} of the steps are exact in every rollout")
 
 
+@dataclass
+class Film:
+    """A GIF: an agent solves a held-out level, and beside the board stands what it imagines before each step.
+
+    The level is the first held-out one that it solves in `fewest` to `most` steps.
+    """
+
+    path: Annotated[str, tyro.conf.Positional]
+    """agent.pt or checkpoint.pt of an I2A"""
+    output: pathlib.Path = pathlib.Path("docs/i2a_film.gif")
+    """the film's file"""
+    seed: int = 1
+    """of the agent's actions and of those that it imagines"""
+    fewest: int = 8
+    """steps that the solution takes at least"""
+    most: int = 16
+    """and at most"""
+
+
+@torch.no_grad()
+def play_level(args: i2a.Args, networks: torch.nn.ModuleDict, level: torch.Tensor, seed: int) -> list[dict]:
+    """A scene for each step: the board, what was imagined from it, the policy, the action; empty if it isn't solved."""
+    rng = torch.Generator().manual_seed(seed)
+    dream = i2a.imagination(args, networks, rng)
+    settings = {"observation": args.observation, "frame_stack": args.frame_stack}
+    envs = SokobanVectorEnv(1, size=args.size, levels=level[None], max_episode_steps=args.max_episode_steps, **settings)
+    observation, _ = envs.reset(options={"levels": level[None]})
+    scenes = []
+    for step in range(1, args.max_episode_steps + 1):
+        frames = observation if args.frame_stack > 1 else observation[:, None]
+        imagined, rewards, alive = dream(frames)
+        logits, _ = networks["agent"](frames, (imagined, rewards, alive))
+        action = i2a.sample(logits, torch.empty_like(logits).exponential_(generator=rng))
+        scene = {"board": frames[0, -1].clone(), "imagined": imagined, "rewards": rewards, "alive": alive}
+        scenes.append(scene | {"policy": logits.softmax(-1)[0], "action": int(action), "title": f"step {step}"})
+        observation, _, terminated, truncated, info = envs.step(action)
+        if terminated[0]:
+            last = info["final_obs"][0] if args.frame_stack == 1 else info["final_obs"][0, -1]
+            return [*scenes, scenes[-1] | {"board": last, "title": f"solved in {step} steps"}]
+        if truncated[0]:
+            break
+    return []
+
+
+def draw_scene(scene: dict, kind: str, tile: int = 112, large: int = 336) -> Image.Image:
+    """The board on the left; on the right a row for each action and a column for each imagined step."""
+    depth, gap, left, top = len(scene["rewards"]), 8, large + 96, 50
+    picture = Image.new("RGB", (left + depth * (tile + gap) + gap, top + i2a.A * (tile + gap)), "white")
+    draw = ImageDraw.Draw(picture)
+    font = functools.cache(ImageFont.load_default)
+
+    def board(frame: torch.Tensor, x: int, y: int, width: int) -> None:
+        pixels = convert_observation(frame, kind, "rgb").numpy()
+        picture.paste(Image.fromarray(pixels).resize((width, width * pixels.shape[0] // pixels.shape[1]), 0), (x, y))
+
+    down = (picture.height - large) // 2
+    board(scene["board"], gap, down, large)
+    draw.text((gap, down - 34), scene["title"], "black", font(22))
+    when = "imagined before the last step" if scene["title"].startswith("solved") else "imagines from here"
+    draw.text((left, 4), f"what it {when}, by first action", "black", font(15))
+    for d in range(depth):
+        draw.text((left + d * (tile + gap) + tile // 2, 36), f"{d + 1}", "black", font(15), anchor="mm")
+    for a, name in enumerate(ACTIONS):
+        y, chosen = top + a * (tile + gap), a == scene["action"]
+        ink = "black" if chosen else "gray"
+        draw.text((left - 12, y + tile // 2 - 10), name, ink, font(18), anchor="rm")
+        draw.text((left - 12, y + tile // 2 + 12), f"{float(scene['policy'][a]):.0%}", ink, font(15), anchor="rm")
+        for d in range(depth):
+            x = left + d * (tile + gap)
+            if not scene["alive"][d, a]:  # behind the end that it foresees
+                draw.rectangle((x, y, x + tile - 1, y + tile - 1), "gainsboro")
+                continue
+            board(scene["imagined"][d, a], x, y, tile)
+            paid = float(scene["rewards"][d, a])
+            if abs(paid + 0.1) > 0.01:  # more than the price of a step
+                colour = "green" if paid > 0 else "firebrick"
+                draw.rectangle((x, y, x + 50, y + 20), colour)
+                draw.text((x + 25, y + 10), f"{paid:+.1f}", "white", font(16), anchor="mm")
+        if chosen:
+            draw.rectangle((left - 80, y - 4, left + depth * (tile + gap) - 5, y + tile + 3), outline="orange", width=4)
+    return picture
+
+
+def film(flags: Film) -> None:
+    args, networks = load(flags.path, eval_episodes=200)
+    if args.agent != "i2a":
+        sys.exit(f"{flags.path} is a model-free agent: it imagines nothing")
+    games = (play_level(args, networks, level, flags.seed) for level in i2a.held_out_levels(args))
+    found = ((i, game) for i, game in enumerate(games) if flags.fewest <= len(game) - 1 <= flags.most)
+    number, scenes = next(found, (0, []))
+    if not scenes:
+        sys.exit(f"{flags.path} solves none of {args.eval_episodes} levels in {flags.fewest} to {flags.most} steps")
+    pictures = [draw_scene(scene, args.observation).quantize(64) for scene in scenes]
+    temporary = flags.output.with_name(flags.output.name + ".tmp")
+    times = [500] * (len(pictures) - 1) + [3000]
+    pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    os.replace(temporary, flags.output)
+    print(f"{flags.output}: held-out level {number}, solved in {len(scenes) - 1} steps")
+
+
 if __name__ == "__main__":
     command = tyro.extras.subcommand_cli_from_dict({
         "random": Random, "lesions": Lesions, "boxes": Boxes, "search": Search, "picture": Picture,
+        "film": Film,
     })  # fmt: skip
-    {Random: random_play, Lesions: lesions, Boxes: boxes, Search: search, Picture: picture}[type(command)](command)
+    {
+        Random: random_play, Lesions: lesions, Boxes: boxes, Search: search, Picture: picture, Film: film,
+    }[type(command)](command)  # fmt: skip

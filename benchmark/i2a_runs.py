@@ -20,15 +20,18 @@ RESULTS = ROOT / "benchmark" / "results" / "i2a"
 VARIANTS = {
     "i2a": [],
     "model-free": ["--agent", "model-free"],
+    "wide": ["--agent", "model-free", "--width-multiplier", "2"],
     "copy": ["--env-model", "copy"],
-    "perfect": ["--env-model", "perfect"],
-    "poor": ["--env-model", "poor"],
-    "no-reward": ["--no-reward-prediction"],
     "depth-1": ["--imagination-depth", "1"],
     "depth-5": ["--imagination-depth", "5"],
-    "big": ["--cnn-channels", "32", "32", "32", "--dense", "256"],
-    "model-free-big": ["--agent", "model-free", "--cnn-channels", "32", "32", "32", "--dense", "256"],
-    "wide": ["--agent", "model-free", "--width-multiplier", "2"],
+    "depth-10": ["--imagination-depth", "10"],
+    "poor": ["--env-model", "poor"],
+    "perfect": ["--env-model", "perfect"],
+    "no-reward": ["--no-reward-prediction"],
+    "bf16": ["--bf16"],
+    "i2a-nstep": ["--gae-lambda", "1"],
+    "model-free-nstep": ["--agent", "model-free", "--gae-lambda", "1"],
+    "copy-nstep": ["--env-model", "copy", "--gae-lambda", "1"],
 }
 
 

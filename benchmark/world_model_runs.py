@@ -42,7 +42,7 @@ PENDULUM = {
     "stop_return": -200.0,
 }  # fmt: skip
 ACROBOT = {
-    "env_id": "Acrobot-v1", "total_timesteps": 5000, "initial_steps": 1000, "steps_per_iteration": 500, 
+    "env_id": "Acrobot-v1", "total_timesteps": 20_000, "initial_steps": 1000, "steps_per_iteration": 500, 
     "stop_return": -100.0,
 }  # fmt: skip
 REAL = {

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import os
 import pathlib
 import signal
@@ -567,6 +568,17 @@ def test_a_compiled_network_computes_the_same():
     assert torch.allclose(logits, again[0], atol=1e-5) and torch.allclose(value, again[1], atol=1e-5)
 
 
+def test_a_compiled_run_is_the_same_run(monkeypatch: pytest.MonkeyPatch):
+    """The whole loop, traced as --compile traces it; without the compiler, whose arithmetic differs in the last bit."""
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for name, flags in (("plain", []), ("traced", ["--compile"])):
+        i2a.main(i2a.parse_args([*TINY, *flags, "--exp-name", name]))
+    plain, traced = (torch.load(next(pathlib.Path("runs").glob(f"*__{n}__*/agent.pt"))) for n in ("plain", "traced"))
+    assert all(torch.equal(value, traced["networks"][name]) for name, value in plain["networks"].items())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # imagination and agent
+
+
 def test_everything_stays_on_its_device():
     """On the meta device an operation that mixes devices, or waits for a value, raises."""
     args, device = Args(**SMALL, frame_stack=2), torch.device("meta")
@@ -592,6 +604,7 @@ def test_the_papers_preset():
     assert (args.size, args.num_boxes, args.observation, args.imagination_depth) == (10, 4, "rgb", 5)
     assert (args.cnn_channels, args.dense, args.lstm, args.optimizer) == ((32, 64, 64), 512, 512, "rmsprop")
     assert args.num_envs == 64 and args.ent_coef == 0.01 and args.gae_lambda == 1
+    assert i2a.parse_args([]).gae_lambda == 0.95 and i2a.parse_args(["--gae-lambda", "1"]).gae_lambda == 1
     networks = i2a.make_networks(args, CPU)
     frames = convert_observation(boards(2, size=10, num_boxes=4), "cells", "rgb")[:, None]
     imagined = i2a.imagination(args, networks, torch.Generator())(frames)
