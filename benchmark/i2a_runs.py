@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmark/i2a_runs.py --jobs 2 --seeds 11 12 13 14 15
 
-A finished run is not run again, and one that was cut off goes on from its checkpoint. Flags after `--` go to i2a.py.
+A finished run is not run again, and one that was cut off goes on from its checkpoint.
 """
 
 import os
@@ -55,9 +55,10 @@ def train(args: Args, variant: str, seed: int) -> None:
         return
     size, boxes = args.task.split("x")[0], args.task.split("-")[1]
     flags = ["--size", size, "--num-boxes", boxes, "--seed", str(seed), "--exp-name", f"study-{variant}"]
-    flags += ["--total-timesteps", str(args.total_timesteps), *VARIANTS[variant]]
+    flags += VARIANTS[variant]
     earlier = sorted(pathlib.Path("runs").glob(f"Sokoban-{args.task}__study-{variant}__{seed}__*/checkpoint.pt"))
     command = [sys.executable, str(ROOT / "i2a.py"), *(["--resume", str(earlier[-1])] if earlier else flags)]
+    command += ["--total-timesteps", str(args.total_timesteps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     log = pathlib.Path("runs") / f"study-{args.task}-{variant}-{seed}.log"
     log.parent.mkdir(exist_ok=True)
