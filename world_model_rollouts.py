@@ -6,8 +6,8 @@ Three steps, repeated: collect with the current policy (at first a random one), 
 policy on thousands of imagined episodes at once. Only the first costs real steps. `--iterations 1` is the plain recipe:
 one data set, one model, one policy.
 
-Different from ME-TRPO: PPO for TRPO, Gaussian heads, reward and termination are learned too, and imagined episodes are
-cut at a horizon with a value behind it.
+Different from ME-TRPO: PPO for TRPO, Gaussian heads, reward (but for `--true-reward`) and termination are learned too,
+and imagined episodes are cut at a horizon with a value behind it.
 
     python world_model_rollouts.py                                     # CartPole-v1 in 1,000 real steps
     python world_model_rollouts.py --env-id Pendulum-v1 --total-timesteps 4000 --initial-steps 600
@@ -99,11 +99,15 @@ class Args:
     model_patience: int = 20
     """epochs without a better validation loss before a fit ends"""
     validation_share: float = 0.2
-    """share of the episodes that is held out from a fit"""
+    """share of the episodes that is held out from a fit; of a single episode, share of its steps"""
     gp_points: int = 400
     """most points of the Gaussian process; a random subset of more"""
     gp_steps: int = 100
     """gradient steps on its marginal likelihood"""
+    true_reward: bool = False
+    """imagined steps pay the environment's own reward, not the one that the model has learned"""
+    sample_member: Literal["step", "trajectory"] = "step"
+    """draw a member of the ensemble at each imagined step, or let an imagined episode keep its own"""
     start_states: Literal["visited", "initial"] = "visited"
     """where imagined episodes start"""
     horizon: int = 100
@@ -322,6 +326,18 @@ EXPERTS: dict[str, Callable[[np.ndarray], float]] = {
 }
 
 
+# The environments' own rewards for `--true-reward`, of tensors: (..., S), (..., A), (..., S) -> (...)
+TRUE_REWARDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "CartPole-v1": lambda s, a, s2: torch.ones_like(s[..., 0]),
+    "Pendulum-v1": lambda s, a, s2: (  # -(θ² + θ̇² / 10 + torque² / 1000), the torque in ±2
+        -(torch.atan2(s[..., 1], s[..., 0]) ** 2 + 0.1 * s[..., 2] ** 2 + 0.001 * (2 * a[..., 0]) ** 2)
+    ),
+    "Acrobot-v1": lambda s, a, s2: (  # -1, and 0 for the step that ends: -cos θ1 - cos(θ1 + θ2) > 1
+        (s2[..., 1] * s2[..., 3] - s2[..., 0] * (1 + s2[..., 2]) > 1).float() - 1
+    ),
+}
+
+
 class RealEnvs:
     """B copies of a gymnasium environment. A finished one is reset at once; `step` still gives the true next state.
 
@@ -345,46 +361,40 @@ class RealEnvs:
         self.discrete = isinstance(actions, gym.spaces.Discrete)
         bounded = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.is_bounded()
         if not (isinstance(states, gym.spaces.Box) and len(states.shape) == 1) or not (self.discrete or bounded):
-            sys.exit(
-                f"{env_id} has the states {states} and the actions {actions}; needed: vectors, Discrete or bounded"
-            )
+            sys.exit(f"{env_id} has states {states}, actions {actions}; needed: vectors, and Discrete or bounded ones")
         self.state_size = states.shape[0]
         self.action_size = int(actions.n) if self.discrete else actions.shape[0]
-        self.low, self.high = (
-            torch.as_tensor(x, dtype=torch.float32, device=device) for x in (states.low, states.high)
-        )
+        self.low, self.high = (torch.as_tensor(x, device=device).float() for x in (states.low, states.high))
         self.max_steps = self.envs[0].spec.max_episode_steps or 1000
         self.s = self._tensor([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)])  # (B, S)
 
-    def _tensor(self, rows: list[np.ndarray]) -> Tensor:
+    def _tensor(self, rows: Any) -> Tensor:
         return torch.as_tensor(np.asarray(rows, dtype=np.float32), device=self.device)
 
     def step(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Actions (B, A) -> s' (B, S), r, terminated, truncated (B,); self.s: where the next step starts."""
         space = self.envs[0].action_space
         if self.discrete:
-            random_actions = self.rng.integers(space.n, size=len(a))
-            noisy = self.rng.random(len(a)) < self.noise
+            random_actions, noisy = self.rng.integers(space.n, size=len(a)), self.rng.random(len(a)) < self.noise
             actions = space.start + np.where(noisy, random_actions, a.argmax(-1).cpu().numpy())
         else:
             noisy = np.clip(a.cpu().numpy() + self.noise * self.rng.standard_normal(a.shape), -1, 1)
             actions = (space.low + (noisy + 1) / 2 * (space.high - space.low)).astype(space.dtype)
-        rows, starts, outcomes = [], [], []
-        for env, action in zip(self.envs, actions, strict=True):
-            observation, r, terminated, truncated, _ = env.step(action)
-            rows.append(observation)
-            outcomes.append((r, terminated, truncated))
-            starts.append(env.reset()[0] if terminated or truncated else observation)
-        self.s = self._tensor(starts)
-        r, terminated, truncated = self._tensor(outcomes).T
-        return self._tensor(rows), r, terminated.bool(), truncated.bool()
+        steps = [env.step(action)[:4] for env, action in zip(self.envs, actions, strict=True)]
+        s2, r, terminated, truncated = (self._tensor(column) for column in zip(*steps, strict=True))
+        self.s = s2.clone()
+        for i in (terminated + truncated).nonzero().flatten().tolist():
+            self.s[i] = self._tensor(self.envs[i].reset()[0])
+        return s2, r, terminated.bool(), truncated.bool()
 
 
 class ImaginedEnvs:
     """B environments inside the model: real start states, an end by the predicted termination or the horizon."""
 
-    def __init__(self, env_model: Any, starts: Tensor, num_envs: int, horizon: int, rng: torch.Generator) -> None:
-        self.env_model, self.starts, self.horizon, self.rng = env_model, starts, horizon, rng
+    def __init__(
+        self, env_model: Any, starts: Tensor, num_envs: int, horizon: int, rng: torch.Generator, fixed: bool = False
+    ) -> None:
+        self.env_model, self.starts, self.horizon, self.rng, self.fixed = env_model, starts, horizon, rng, fixed
         self.s = self._start_states(num_envs)  # (B, S)
         self.t = torch.zeros(num_envs, dtype=torch.long, device=starts.device)
 
@@ -392,7 +402,7 @@ class ImaginedEnvs:
         return self.starts[torch.randint(len(self.starts), (num,), generator=self.rng, device=self.starts.device)]
 
     def step(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        s2, r, end = self.env_model.step(self.s, a, self.rng)
+        s2, r, end = self.env_model.step(self.s, a, self.rng, self.fixed)
         terminated = torch.rand(end.shape, generator=self.rng, device=end.device) < end
         truncated = (self.t + 1 >= self.horizon) & ~terminated
         done = terminated | truncated
@@ -445,6 +455,7 @@ class EnsembleModel(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
         self.bounds = bounds
+        self.true_reward: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # instead of the learned one
         self.register_buffer("low", bounds[0].clone())
         self.register_buffer("high", bounds[1].clone())
 
@@ -487,7 +498,7 @@ class EnsembleModel(nn.Module):
         """s (B, S), a (B, A) -> s' (B, S), r (B,), probability of the end (B,), each row by a member drawn at random.
 
         The batch is shuffled and split among the members, so each computes only its share. `fixed`: member k takes the
-        k-th part of the batch, at every step.
+        k-th part of the batch, at every step; a trajectory that stays in its row keeps its member.
         """
         order = torch.randperm(len(s), generator=rng, device=s.device)
         rows = torch.arange(len(s) + -len(s) % self.K, device=s.device) % len(s)  # the last share is filled up
@@ -499,17 +510,16 @@ class EnsembleModel(nn.Module):
         y = y * self.y_std + self.y_mean
         s2 = (x[..., : self.S] + y[..., :-1]).clamp(self.low, self.high)  # s' = s + Δs
         end = self.end_logit(s2).sigmoid()
+        r = self.true_reward(x[..., : self.S], x[..., self.S :], s2) if self.true_reward else y[..., -1]
         outcome = s.new_empty(len(s), self.S + 2)
-        outcome[order] = torch.cat([s2, y[..., -1:], end[..., None]], -1).flatten(0, 1)
+        outcome[order[: len(s)]] = torch.cat([s2, r[..., None], end[..., None]], -1).flatten(0, 1)[: len(s)]
         return outcome[:, : self.S], outcome[:, -2], outcome[:, -1]
 
     @torch.no_grad()
-    def moments(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance (B, O) of (Δs, r), and the disagreement (B,): spread of the members' means."""
-        mean, logvar = self(torch.cat([s, a], 1).expand(self.K, -1, -1))
-        epistemic = mean.var(0, correction=0)  # (B, O), in units of the spread
-        variance = epistemic + (logvar.exp().mean(0) if logvar is not None else 0.0)
-        return mean.mean(0) * self.y_std + self.y_mean, variance * self.y_std**2, epistemic.mean(1).sqrt()
+    def disagreement(self, s: Tensor, a: Tensor) -> Tensor:
+        """Epistemic uncertainty (B,): the spread of the members' means of (Δs, r), in units of the data's."""
+        mean, _ = self(torch.cat([s, a], 1).expand(self.K, -1, -1))  # (K, B, O)
+        return mean.var(0, correction=0).mean(1).sqrt()
 
 
 def targets(data: dict[str, Tensor]) -> Tensor:
@@ -672,13 +682,17 @@ class RolloutActorCritic(nn.Module):
 
     def sample_action(self, out: Tensor, rng: torch.Generator | None) -> Tensor:
         """Out of the policy's output (B, A), an action (B, A): one-hot, or before clipping. Without rng: greedy."""
-        if not self.discrete:
-            return out if rng is None else out + self.log_std.exp() * torch.randn(
-                out.shape, generator=rng, device=out.device
-            )  # fmt: skip
-        if rng is not None:  # argmax(logits + Gumbel noise)
-            out = out - torch.empty_like(out).exponential_(generator=rng).log_()
-        return F.one_hot(out.argmax(-1), out.shape[-1]).float()
+        if self.discrete:
+            if rng is not None:  # argmax(logits + Gumbel noise)
+                out = out - torch.empty_like(out).exponential_(generator=rng).log_()
+            return F.one_hot(out.argmax(-1), out.shape[-1]).float()
+        if rng is not None:
+            out = out + self.log_std.exp() * torch.randn(out.shape, generator=rng, device=out.device)
+        return out
+
+    def act(self, s: Tensor, rng: torch.Generator | None) -> Tensor:
+        """An action (B, A) in s (B, S) as environments take it: one-hot, or clipped to its bounds."""
+        return self.sample_action(self.policy(s), rng).clamp(-1, 1)
 
     def log_prob(self, out: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a | s) and the entropy, (...,) each."""
@@ -697,7 +711,7 @@ def policy_rollout(envs: Any, agent: RolloutActorCritic, num_steps: int, rng: to
         s = envs.s
         out = agent.policy(s)
         a = agent.sample_action(out, rng)
-        columns.append((s, out, a, *envs.step(a if agent.discrete else a.clamp(-1, 1))))
+        columns.append((s, out, a, *envs.step(a.clamp(-1, 1))))
     names = ("s", "out", "a", "s2", "r", "terminated", "truncated")
     batch = dict(zip(names, (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
     batch["log_prob"], _ = agent.log_prob(batch.pop("out"), batch["a"])
@@ -761,8 +775,7 @@ def collect(envs: RealEnvs, act: Callable[[Tensor], Tensor], num_steps: int, fir
     """Rows of `num_steps` real transitions, none across a reset. `end` is terminated, not truncated."""
     columns, episode, first = [], first_episode, True
     for _ in range(num_steps):
-        s = envs.s
-        a = act(s)  # (1, A)
+        s, a = envs.s, act(envs.s)  # (1, S), (1, A)
         s2, r, terminated, truncated = envs.step(a)
         columns.append((s, a, s2, r, terminated.float(), torch.tensor([episode]), torch.tensor([first])))
         first = bool(terminated | truncated)
@@ -772,11 +785,11 @@ def collect(envs: RealEnvs, act: Callable[[Tensor], Tensor], num_steps: int, fir
 
 
 def held_out_rows(episode: Tensor, share: float) -> Tensor:
-    """Which rows (N,) belong to held-out episodes: an evenly spread `share` of all, at least the last one."""
-    if len(episode) == 0 or (episode == episode[0]).all():
-        sys.exit(
-            f"the data hold {len(episode)} steps of at most one episode, a held-out one is needed: more --initial-steps"
-        )
+    """Which rows (N,) are held out: an evenly spread `share` of the episodes, at least the last; of one, its end."""
+    if (episode == episode[0]).all():
+        if (N := len(episode)) < 10:
+            sys.exit(f"the data hold {N} steps of one episode, too few: more --initial-steps or --total-timesteps")
+        return torch.arange(N, device=episode.device) >= N - max(1, min(int(N * share), N // 2))
     held_out = ((episode + 1) * share).floor() > (episode * share).floor()
     return held_out if held_out.any() and not held_out.all() else episode == episode.max()
 
@@ -792,21 +805,16 @@ def save_data(path: str, data: dict[str, Tensor], env_id: str) -> None:
 
 
 def load_data(path: str, env_id: str, envs: RealEnvs) -> dict[str, Tensor]:
-    """What `save_data` wrote.
-
-    Raises:
-        SystemExit: unreadable, damaged, empty, not finite, or of another environment.
-    """
+    """What `save_data` wrote; exits if it is unreadable, damaged, of another environment, empty or not finite."""
+    kinds = dict.fromkeys(("s", "a", "s2", "r", "end"), np.float32) | {"episode": np.int64, "first": bool}
     try:
         with np.load(path, allow_pickle=False) as file:
-            kinds = {"env_id": str, "episode": np.int64, "first": bool}
-            names = ("env_id", "s", "a", "s2", "r", "end", "episode", "first")
-            data = {name: np.asarray(file[name], kinds.get(name, np.float32)) for name in names}
+            data, other = {name: np.asarray(file[name], kind) for name, kind in kinds.items()}, str(file["env_id"])
     except OSError as e:
         sys.exit(f"can't read {path}: {e.strerror or 'no .npz file'}")
     except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         sys.exit(f"{path} is damaged, or no data set of --save-data: collect one, or take an older copy")
-    if (other := str(data.pop("env_id"))) != env_id:
+    if other != env_id:
         sys.exit(f"{path} holds steps of {other}: give --env-id {other}, or a data set of {env_id}")
     N = data["s"].shape[0] if data["s"].ndim == 2 else 0
     widths = {"s": (N, envs.state_size), "s2": (N, envs.state_size), "a": (N, envs.action_size)}
@@ -827,8 +835,7 @@ def imagined_returns(
     """
     total, alive = torch.zeros(len(s), device=s.device), torch.ones(len(s), device=s.device)
     for _ in range(horizon):
-        a = agent.sample_action(agent.policy(s), None if greedy else rng)
-        s, r, end = env_model.step(s, a if agent.discrete else a.clamp(-1, 1), rng, fixed=True)
+        s, r, end = env_model.step(s, agent.act(s, None if greedy else rng), rng, fixed=True)
         total += alive * r
         alive *= 1 - end
     return total.unflatten(0, (env_model.K, -1)).mean(1)
@@ -847,15 +854,11 @@ def evaluate_in_reality(envs: RealEnvs, agent: RolloutActorCritic) -> tuple[np.n
     """A greedy episode in each environment: the returns (B,), and its steps (T, B, ...) with their mask `alive`."""
     alive, columns = torch.ones(len(envs.s), dtype=torch.bool, device=envs.s.device), []
     while alive.any():
-        s = envs.s
-        a = agent.sample_action(agent.policy(s), None)
-        a = a if agent.discrete else a.clamp(-1, 1)
+        s, a = envs.s, agent.act(envs.s, None)
         s2, r, terminated, truncated = envs.step(a)
-        columns.append((s, a, s2, r, terminated, alive))
+        columns.append((s, a, s2, r, alive))
         alive = alive & ~(terminated | truncated)
-    steps = dict(
-        zip(("s", "a", "s2", "r", "end", "alive"), (torch.stack(x) for x in zip(*columns, strict=True)), strict=True)
-    )
+    steps = dict(zip(("s", "a", "s2", "r", "alive"), (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
     return (steps["r"] * steps["alive"]).sum(0).cpu().numpy(), steps
 
 
@@ -874,29 +877,27 @@ def open_loop_errors(
 
 
 def check_world_model_rollouts(args: Args) -> None:
-    least = {
-        "total_timesteps": 1, "initial_steps": 2, "steps_per_iteration": 1, "ensemble_size": 1, "model_epochs": 1,
-        "model_batch_size": 1, "model_patience": 1, "gp_points": 2, "gp_steps": 1, "horizon": 1, "policy_updates": 1,
-        "check_frequency": 1, "check_patience": 1, "num_envs": 1, "num_steps": 1, "num_minibatches": 1,
-        "update_epochs": 1, "eval_episodes": 1, "action_noise": 0, "seed": 0, "clip_coef": 0, "max_grad_norm": 0,
-    }  # fmt: skip
-    for name, value in (least | ({} if args.iterations is None else {"iterations": 1})).items():
-        if not getattr(args, name) >= value:  # also what is no number
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {value} or more")
-    for name in ("gamma", "gae_lambda", "improvement_share", "validation_share"):
-        if not 0 <= getattr(args, name) <= 1:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
-    for name in ("learning_rate", "model_learning_rate"):
-        if not getattr(args, name) > 0:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    if min(*args.hidden, *args.model_hidden, 1) < 1:
-        sys.exit(f"--hidden {args.hidden} --model-hidden {args.model_hidden}: a layer has at least one unit")
-    if args.gp_points > 500:
-        sys.exit(f"--gp-points {args.gp_points}: an exact Gaussian process costs their cube; at most 500")
+    for low, high, names in (
+        (1, math.inf, "total_timesteps iterations steps_per_iteration ensemble_size model_hidden model_epochs hidden"),
+        (1, math.inf, "model_batch_size model_patience gp_steps horizon policy_updates check_frequency check_patience"),
+        (1, math.inf, "num_envs num_steps num_minibatches update_epochs eval_episodes"),
+        (2, math.inf, "initial_steps"),
+        (2, 500, "gp_points"),  # an exact Gaussian process costs their cube
+        (0, math.inf, "seed action_noise clip_coef max_grad_norm"),
+        (0, 1, "gamma gae_lambda improvement_share validation_share"),
+        (1e-9, math.inf, "learning_rate model_learning_rate"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not all(low <= x <= high for x in np.atleast_1d(value)):  # nor what is no number
+                bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+                sys.exit(f"--{name.replace('_', '-')} {value}: must be {bounds}")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
         sys.exit("--num-envs times --num-steps must give every minibatch two steps: lower --num-minibatches")
     if args.behavior == "expert" and args.env_id not in EXPERTS:
         sys.exit(f"there is no expert for {args.env_id}, only for {', '.join(EXPERTS)}: give the PATH of an agent.pt")
+    if args.true_reward and args.env_id not in TRUE_REWARDS:
+        sys.exit(f"--true-reward is known for {', '.join(TRUE_REWARDS)} only: leave it out, {args.env_id}'s is learned")
 
 
 def main(args: Args) -> list[dict[str, Any]]:
@@ -912,20 +913,18 @@ def main(args: Args) -> list[dict[str, Any]]:
     run_name = state["run_name"] if state else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
-    real = args.model == "real"
-    seed = 100_000 * args.seed
+    real, seed = args.model == "real", 100_000 * args.seed
     envs = RealEnvs(args.env_id, args.num_envs if real else 1, device, seed, args.action_noise)
-    S, A = envs.state_size, envs.action_size
+    S, A, bounds = envs.state_size, envs.action_size, (envs.low, envs.high)
     agent = RolloutActorCritic(S, A, args.hidden, envs.discrete).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    bounds = (envs.low, envs.high)
     if args.model == "gp":
         env_model: EnsembleModel = GaussianProcessModel(S, A, args.model_hidden, bounds).to(device)
     else:
         gaussian = args.model == "ensemble"
         env_model = EnsembleModel(args.ensemble_size, S, A, args.model_hidden, gaussian, bounds).to(device)
-    modules = {"agent": agent, "env_model": env_model, "optimizer": optimizer}
-    K = env_model.K
+    env_model.true_reward = TRUE_REWARDS[args.env_id] if args.true_reward else None
+    K, modules = env_model.K, {"agent": agent, "env_model": env_model, "optimizer": optimizer}
     data: dict[str, Tensor] = {}
     global_step, iteration, num_rows, imagined_steps, minutes = 0, 0, 0, 0, 0.0
     if state is not None:
@@ -934,50 +933,48 @@ def main(args: Args) -> list[dict[str, Any]]:
         global_step, iteration, num_rows = state["global_step"], state["iteration"], state["num_rows"]
         imagined_steps, minutes, data = state["imagined_steps"], state["minutes"], state["data"]
         rng.set_state(state["rng"].cpu())
-    if args.evaluate:
-        video = f"videos/{run_name}" if args.capture_video else None
-        returns, _ = evaluate_in_reality(
-            RealEnvs(args.env_id, args.eval_episodes, device, seed + 50_000, args.action_noise, video), agent
-        )
+
+    def evaluate(first_seed: int, video: str | None = None) -> tuple[np.ndarray, dict[str, Tensor]]:
+        test_envs = RealEnvs(args.env_id, args.eval_episodes, device, first_seed, args.action_noise, video)
+        return evaluate_in_reality(test_envs, agent)
+
+    if args.evaluate:  # on other episodes than those that the run was stopped on
+        returns, _ = evaluate(seed + 75_000, f"videos/{run_name}" if args.capture_video else None)
         half = 1.96 * returns.std() / math.sqrt(returns.size)
         print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
         return [{"eval/return": float(returns.mean())}]
     if global_step >= args.total_timesteps:
         sys.exit(f"{path} has had all of its {global_step} steps: --evaluate it, or train anew with more")
-    logger = Logger(args, run_name)
-    if state is not None:
-        logger.restore(num_rows)
 
-    def act(s: Tensor) -> Tensor:
-        """Features of the action that collects data, at first that of --behavior."""
-        if iteration > 1 or args.behavior not in ("random", "expert"):
-            a = behavior.sample_action(behavior.policy(s), rng)
-            return a if envs.discrete else a.clamp(-1, 1)
-        if args.behavior == "random":
-            a = torch.rand(1, A, generator=rng, device=device)
-            return F.one_hot(a.argmax(1), A).float() if envs.discrete else 2 * a - 1
-        a = torch.tensor([EXPERTS[args.env_id](s[0].cpu().numpy())], device=device)
-        return F.one_hot(a, A).float() if envs.discrete else a.float().reshape(1, A).clamp(-1, 1)
-
-    behavior = agent
-    if args.behavior not in ("random", "expert"):
+    if args.behavior not in ("random", "expert") and iteration == 0:
         saved = load_checkpoint(args.behavior, device)
         try:
-            behavior = RolloutActorCritic(S, A, tuple(saved["args"].get("hidden", ())), envs.discrete).to(device)
-            behavior.load_state_dict(saved["agent"])
+            teacher = RolloutActorCritic(S, A, tuple(saved["args"].get("hidden", ())), envs.discrete).to(device)
+            teacher.load_state_dict(saved["agent"])
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
             sys.exit(f"--behavior {args.behavior} holds no agent for {args.env_id}: train one with --save-model")
 
-    results: list[dict[str, Any]] = []
+    def behavior(s: Tensor) -> Tensor:
+        """Features of the action that collects the first data."""
+        if args.behavior == "random":
+            a = torch.rand(1, A, generator=rng, device=device)
+            return F.one_hot(a.argmax(1), A).float() if envs.discrete else 2 * a - 1
+        if args.behavior == "expert":
+            a = torch.tensor([EXPERTS[args.env_id](s[0].cpu().numpy())], device=device)
+            return F.one_hot(a, A).float() if envs.discrete else a.float().reshape(1, A).clamp(-1, 1)
+        return teacher.act(s, rng)
+
+    logger = Logger(args, run_name)
+    if state is not None:
+        logger.restore(num_rows)
+    num_rows = len(logger.rows)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" real steps", disable=not sys.stderr.isatty())
     while global_step < args.total_timesteps and iteration < (args.iterations or math.inf):
         iteration += 1
         start, before = time.perf_counter(), global_step
         metrics: dict[str, float] = {}
         if not real:
-            # 1. Collect real steps D with the current policy b, from a reset on.
-            if iteration > 1:
-                behavior = agent
+            # 1. Collect real steps D with the current policy, at first with the behaviour b, from a reset on.
             if iteration == 1 and args.data:
                 data = load_data(args.data, args.env_id, envs)
                 global_step += len(data["s"])
@@ -985,6 +982,7 @@ def main(args: Args) -> list[dict[str, Any]]:
                 num_steps = args.initial_steps if iteration == 1 else args.steps_per_iteration
                 num_steps = min(num_steps, args.total_timesteps - global_step)
                 envs = RealEnvs(args.env_id, 1, device, seed + iteration, args.action_noise)
+                act = behavior if iteration == 1 else lambda s: agent.act(s, rng)
                 new = collect(envs, act, num_steps, int(data["episode"][-1]) + 1 if data else 0)
                 data = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
                 global_step += num_steps
@@ -997,22 +995,22 @@ def main(args: Args) -> list[dict[str, Any]]:
             env_model.standardize(data)
             if args.normalize_states:
                 agent.standardize(env_model.x_mean[:S], env_model.x_std[:S], keep=iteration > 1)
-            model_loss, validation_loss, epochs = fit_networks(env_model, data, held_out, args, rng)
+            model_loss, validation_loss, metrics["model/epochs"] = fit_networks(env_model, data, held_out, args, rng)
             if not math.isfinite(model_loss + validation_loss):
                 sys.exit(f"the model's loss is {model_loss} in iteration {iteration}: lower --model-learning-rate")
             metrics |= {"losses/model_loss": model_loss, "losses/validation_loss": validation_loss}
-            metrics["model/epochs"] = epochs
             if args.model == "gp":
                 metrics["losses/gp_loss"] = env_model.fit(data, args, rng)
         metrics["charts/fit_seconds"] = time.perf_counter() - start
 
         # 3. Improve the policy: J(θ) = E_τ[R(τ)] over imagined τ = s_0 →π a_0 →M s_1 → ...
-        training_envs, scale = envs, 1.0 if args.reward_scale is None else args.reward_scale
+        training_envs, scale = envs, args.reward_scale
+        if scale is None:
+            scale = 1.0 if real else (1 - args.gamma) / max(data["r"].abs().mean().item(), 1e-6)
         if not real:
             starts = data["s"] if args.start_states == "visited" else data["s"][data["first"]]
-            training_envs = ImaginedEnvs(env_model, starts, args.num_envs, args.horizon, rng)
-            if args.reward_scale is None:
-                scale = (1 - args.gamma) / max(data["r"].abs().mean().item(), 1e-6)
+            keep = args.sample_member == "trajectory"
+            training_envs = ImaginedEnvs(env_model, starts, args.num_envs, args.horizon, rng, keep)
             check_starts = starts[torch.randint(len(starts), (40 * K,), generator=rng, device=device)]
             best, best_returns = None, torch.full((K,), -math.inf, device=device)
         losses, rollout_seconds, failures, improved = [], 0.0, 0, False
@@ -1038,17 +1036,13 @@ def main(args: Args) -> list[dict[str, Any]]:
             refuse_nonfinite(torch.cat([batch["s2"], batch["r"][..., None]], -1), iteration)
             rollout_seconds += time.perf_counter() - rollout_start
             losses.append(improve_policy(agent, optimizer, batch, scale, args, rng))
-            if real:
-                global_step += args.num_envs * args.num_steps
+            global_step += args.num_envs * args.num_steps if real else 0
         if not real and args.improvement_share > 0:
             agent.load_state_dict(best, strict=False)
-        imagined_steps += 0 if real else update * args.num_envs * args.num_steps
         minutes += (time.perf_counter() - start) / 60
 
         # 4. Measure: the real return, and what the model gets wrong on episodes that it never saw.
-        returns, steps = evaluate_in_reality(
-            RealEnvs(args.env_id, args.eval_episodes, device, seed + 50_000, args.action_noise), agent
-        )
+        returns, steps = evaluate(seed + 50_000)
         metrics |= {"eval/return": float(returns.mean()), "charts/policy_updates": update, "charts/minutes": minutes}
         if losses:
             names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
@@ -1061,16 +1055,14 @@ def main(args: Args) -> list[dict[str, Any]]:
             imagined = imagined_returns(env_model, agent, firsts, envs.max_steps, rng, True).mean().item()
             metrics |= {"charts/imagined_return": imagined, "charts/gap": imagined - metrics["eval/return"]}
             metrics |= open_loop_errors(env_model, steps, (1, 5, 10, 20, 50, 100, 200, 500), rng)
-            seen = steps["alive"].flatten()
-            _, _, disagreement = env_model.moments(
-                steps["s"].flatten(0, 1)[seen][::10], steps["a"].flatten(0, 1)[seen][::10]
-            )
-            metrics |= {"model/disagreement": disagreement.mean().item(), "charts/imagined_steps": imagined_steps}
-            speed = update * args.num_envs * args.num_steps / max(rollout_seconds, 1e-9)
-            metrics["charts/imagined_steps_per_second"] = speed
+            s, a = (steps[name][steps["alive"]][::10] for name in ("s", "a"))
+            metrics["model/disagreement"] = env_model.disagreement(s, a).mean().item()
+            now_imagined = update * args.num_envs * args.num_steps
+            imagined_steps += now_imagined
+            metrics["charts/imagined_steps"] = imagined_steps
+            metrics["charts/imagined_steps_per_second"] = now_imagined / max(rollout_seconds, 1e-9)
         bar.update(global_step - before)
         logger.log(global_step, metrics)
-        results.append({"global_step": global_step, **metrics})
         if args.save_model:
             state = {name: module.state_dict() for name, module in modules.items()}
             state |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "iteration": iteration}
@@ -1080,7 +1072,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             break
     bar.close()
     logger.close()
-    return results
+    return logger.rows[num_rows:]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import world_model_rollouts
 from world_model_rollouts import (
     EXPERTS,
+    TRUE_REWARDS,
     Args,
     EnsembleModel,
     GaussianProcessModel,
@@ -233,12 +234,12 @@ def test_gaussian_process_learns_a_linear_system_and_keeps_to_its_limit():
     assert model.fit(data, Args(gp_points=60, gp_steps=60), generator()) < first - 1
     assert len(model.points) == 60
     s, a = torch.randn(50, 2), torch.rand(50, 1) * 2 - 1
-    mean, variance, _ = model.moments(s, a)
-    error = mean - torch.cat([s @ A.T + a @ B.T - s, s[:, :1] - a], 1)
-    assert error.square().mean() < 1e-3 and (variance > 0).all()
+    mean, logvar = model(torch.cat([s, a], 1)[None])
+    error = mean[0] * model.y_std + model.y_mean - torch.cat([s @ A.T + a @ B.T - s, s[:, :1] - a], 1)
+    assert error.square().mean() < 1e-3 and logvar.isfinite().all()
     copy = GaussianProcessModel(2, 1, (4,), wide(2))
     copy.load_state_dict(model.state_dict())
-    torch.testing.assert_close(copy.moments(s, a)[0], mean, rtol=0, atol=0)
+    torch.testing.assert_close(copy(torch.cat([s, a], 1)[None])[0], mean, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- ensembles
@@ -321,6 +322,70 @@ def test_members_differ_and_are_drawn_at_random_at_each_step():
     assert fixed.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
+def test_each_place_in_the_batch_keeps_its_member_over_a_trajectory():
+    starts = torch.linspace(0, 0.9, 10)[:, None]  # the members move by whole numbers: s mod 1 tells the start
+    model, moved = marked_model(5), {}
+    with torch.no_grad():
+        model.end_net.weights[0].zero_()
+        model.end_net.biases[0].fill_(-100.0)
+    for fixed in (False, True):
+        envs, steps = ImaginedEnvs(model, starts, 13, 3, generator(), fixed), []  # 13: not a multiple of 5
+        for _ in range(9):  # three episodes of 3 steps
+            s = envs.s
+            s2, _, _, truncated = envs.step(torch.zeros(13, 1))
+            steps.append((s2 - s)[:, 0].round())
+        assert truncated.all()
+        moved[fixed] = torch.stack(steps)
+    assert (moved[True] == moved[True][0]).all()
+    assert moved[True][0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+    assert (moved[False] != moved[False][0]).any(0).all()
+
+
+def test_the_flag_chooses_between_members(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, step = [], ImaginedEnvs.step
+    monkeypatch.setattr(ImaginedEnvs, "step", lambda self, a: seen.append(self.fixed) or step(self, a))
+    for how, fixed in (("step", False), ("trajectory", True)):
+        main(Args(**SMALL | {"sample_member": how, "iterations": 1}))
+        assert set(seen) == {fixed}
+        seen.clear()
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Acrobot-v1"])
+def test_true_rewards_are_those_of_the_environment(env_id):
+    envs, rng, seen = RealEnvs(env_id, 4, CPU, 1), np.random.default_rng(1), []
+    for t in range(400):
+        s = envs.s
+        if env_id == "Acrobot-v1" and t >= 50:  # random steps hardly ever end it
+            a = torch.eye(3)[[EXPERTS[env_id](x.numpy()) for x in s]]
+        elif envs.discrete:
+            a = torch.eye(envs.action_size)[rng.integers(envs.action_size, size=4)]
+        else:
+            a = torch.as_tensor(rng.uniform(-1, 1, (4, envs.action_size)), dtype=torch.float32)
+        s2, r, terminated, _ = envs.step(a)
+        torch.testing.assert_close(TRUE_REWARDS[env_id](s, a, s2), r, rtol=0, atol=1e-4)
+        assert env_id != "Acrobot-v1" or torch.equal(r == 0, terminated)
+        seen.append(terminated)
+    assert torch.stack(seen).any() == (env_id != "Pendulum-v1")
+
+
+def test_the_true_reward_replaces_the_learned_one(tmp_path, monkeypatch):
+    torch.manual_seed(1)
+    model = EnsembleModel(3, 2, 1, (8,), True, wide(2))
+    s, a = torch.randn(9, 2), torch.randn(9, 1)
+    learned, again = (model.step(s, a, generator()) for _ in range(2))
+    model.true_reward = lambda s, a, s2: 100 * s[..., 1] + 10 * a[..., 0] + s2[..., 0]
+    s2, r, end = model.step(s, a, generator())
+    torch.testing.assert_close(r, 100 * s[:, 1] + 10 * a[:, 0] + s2[:, 0])
+    assert torch.equal(s2, learned[0]) and torch.equal(end, learned[2])  # nothing else changes
+    assert torch.equal(learned[1], again[1]) and not torch.allclose(learned[1], r)
+    monkeypatch.chdir(tmp_path)
+    paid, rollout = [], world_model_rollouts.policy_rollout
+    monkeypatch.setattr(world_model_rollouts, "policy_rollout", lambda *x: paid.append(rollout(*x)) or paid[-1])
+    main(Args(**SMALL | {"iterations": 1, "true_reward": True}))
+    assert len(paid) == 4 and all((batch["r"] == 1).all() for batch in paid)
+
+
 def test_a_step_belongs_to_its_row():
     torch.manual_seed(1)
     model = EnsembleModel(1, 2, 1, (8,), False, wide(2))
@@ -346,11 +411,9 @@ def test_gaussian_steps_have_the_predicted_spread_and_stay_in_the_space():
     assert model.step(torch.full((10, 1), 40.0), torch.zeros(10, 1), generator())[0].max() <= 40.0
 
 
-def test_moments_of_a_mixture():
-    model = marked_model(2)  # means 0 and 1
-    mean, variance, disagreement = model.moments(torch.zeros(3, 1), torch.zeros(3, 1))
-    assert mean[0, 0].item() == 0.5 and variance[0, 0].item() == 0.25
-    assert disagreement[0].item() == pytest.approx(math.sqrt(0.25 / 2))  # the reward's part is 0
+def test_disagreement_is_the_spread_of_the_members_means():
+    disagreement = marked_model(2).disagreement(torch.zeros(3, 1), torch.zeros(3, 1))  # means 0 and 1
+    assert disagreement.tolist() == pytest.approx(3 * [math.sqrt(0.25 / 2)])  # the reward's part is 0
 
 
 # -------------------------------------------------------------------------------------------------------- imagination
@@ -535,6 +598,23 @@ def test_continuous_log_probabilities_and_greedy_actions():
     assert torch.equal(agent.sample_action(out, None), out)
 
 
+def test_environments_take_clipped_actions_and_the_policy_learns_from_those_before():
+    class Watching(CountingModel):
+        def step(self, s, a, rng, fixed=False):
+            taken.append(a)
+            return super().step(s, a, rng, fixed)
+
+    torch.manual_seed(1)
+    agent, taken, s = RolloutActorCritic(1, 2, (), False), [], torch.zeros(40, 1)
+    with torch.no_grad():
+        agent.actor[-1].bias.copy_(torch.tensor([0.3, -3.0]))
+    assert agent.act(s, None)[0].tolist() == pytest.approx([0.3, -1.0])
+    imagined_returns(Watching(), agent, s, 3, generator(), False)
+    batch = policy_rollout(ImaginedEnvs(Watching(), s, 40, 5, generator()), agent, 3, generator())
+    assert len(taken) == 6 and torch.stack(taken).abs().max() == 1
+    assert torch.equal(torch.stack(taken[3:]), batch["a"].clamp(-1, 1)) and (batch["a"] < -2).any()
+
+
 def test_discrete_actions_are_drawn_by_their_probabilities():
     agent = RolloutActorCritic(1, 3, (), True)
     out = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(30_000, 3)
@@ -566,8 +646,22 @@ def test_held_out_rows_are_whole_episodes():
     assert held_out.sum() == 12 and torch.equal(held_out.view(20, 3).any(1), held_out.view(20, 3).all(1))
     assert held_out_rows(torch.tensor([0, 0, 1]), 0.2).tolist() == [False, False, True]
     assert torch.equal(held_out_rows(episode, 0.2)[:30], held_out_rows(episode[:30], 0.2))  # once held out, for good
-    with pytest.raises(SystemExit, match="initial-steps"):
-        held_out_rows(torch.tensor([3, 3]), 0.2)
+
+
+def test_of_a_single_episode_the_end_is_held_out(tmp_path, monkeypatch):
+    assert held_out_rows(torch.full((15,), 3), 0.2).tolist() == [False] * 12 + [True] * 3
+    for share, num in ((0.0, 1), (1.0, 5), (0.5, 5)):  # both parts have some
+        assert held_out_rows(torch.zeros(10, dtype=torch.long), share).tolist() == [False] * (10 - num) + [True] * num
+    with pytest.raises(SystemExit, match=r"hold 9 steps of one episode, .*initial-steps"):
+        held_out_rows(torch.full((9,), 3), 0.2)
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        world_model_rollouts, "held_out_rows", lambda *args: seen.append(held_out_rows(*args)) or seen[-1]
+    )
+    main(Args(**SMALL | {"env_id": "Pendulum-v1", "initial_steps": 200, "total_timesteps": 250}))
+    assert seen[0].tolist() == [False] * 160 + [True] * 40  # one episode of 200 steps
+    assert seen[1].tolist() == [False] * 200 + [True] * 50  # two: the last one
 
 
 def test_data_sets_there_and_back_and_refused(tmp_path):
@@ -767,8 +861,15 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys, model):
         assert rest[0][name] == pytest.approx(whole[1][name], rel=1e-6)  # bit for bit, but for the episode's luck
     lines = (path.parent / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["global_step", "80", "160"]
-    evaluation = main(Args(evaluate=str(path), eval_episodes=args["eval_episodes"]))[0]["eval/return"]
-    assert evaluation == pytest.approx(rest[0]["eval/return"])
+    seeds, init = [], RealEnvs.__init__
+    monkeypatch.setattr(RealEnvs, "__init__", lambda self, *a: seeds.append(range(a[3], a[3] + a[1])) or init(self, *a))
+    main(Args(**args | {"total_timesteps": 80, "eval_episodes": 30}))
+    training = {seed for part in seeds for seed in part}
+    evaluation = main(Args(evaluate=str(path), eval_episodes=30))[0]["eval/return"]
+    assert len(seeds[-1]) == 30 and not training & set(seeds[-1])  # other episodes than those that stopped the run
+    agent = RolloutActorCritic(4, 2, (8,), True)
+    agent.load_state_dict(torch.load(path, weights_only=True)["agent"])
+    assert evaluation == evaluate_in_reality(RealEnvs("CartPole-v1", 30, CPU, seeds[-1][0]), agent)[0].mean()
     with pytest.raises(SystemExit, match="has had all of its 160 steps"):
         main(Args(resume=str(path)))
     torch.save({"args": {"size": 7}}, path)
@@ -786,9 +887,10 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys, model):
         ({"env_id": "NoPole-v0"}, "NoPole"),
         ({"env_id": "FrozenLake-v1"}, "vectors"),
         ({"gamma": 1.1}, "--gamma"),
-        ({"gp_points": 501}, "at most 500"),
+        ({"gp_points": 501}, "from 2 to 500"),
         ({"initial_steps": 5}, "more --initial-steps"),
         ({"behavior": "expert", "env_id": "MountainCar-v0"}, "no expert for MountainCar-v0"),
+        ({"true_reward": True, "env_id": "MountainCar-v0"}, "--true-reward is known for .*MountainCar-v0's is learned"),
         ({"behavior": "none.pt"}, "can't read none.pt"),
         ({"data": "none.npz"}, "can't read none.npz"),
         ({"evaluate": "none.pt"}, "can't read none.pt"),
