@@ -81,11 +81,13 @@ def thresholds(runs: dict[str, dict[int, tuple]], at_frames: int) -> list[dict[s
     rows = []
     for variant, by_seed in runs.items():
         at = [np.interp(at_frames, frames, solved) for frames, solved, _ in by_seed.values()]
-        held_out = [facts["eval"] for _, _, facts in by_seed.values()]
-        last = max(int(frames[-1]) for frames, _, _ in by_seed.values())
+        ends = {seed: round(frames[-1] / 1e5) * 100_000 for seed, (frames, _, _) in by_seed.items()}
+        last = min(ends.values())  # a run that was left to go on longer is not compared at its end
+        held_out = [facts["eval"] for seed, (_, _, facts) in by_seed.items() if ends[seed] == last]
         print(
             f"\n{variant}: {len(by_seed)} seeds; new levels solved at {at_frames:,} frames {np.mean(at):.3f} ± "
-            f"{interval(at):.3f}; held-out levels at {last:,} frames {np.mean(held_out):.3f} ± {interval(held_out):.3f}"
+            f"{interval(at):.3f}; held-out levels at {last:,} frames ({len(held_out)} seeds) "
+            f"{np.mean(held_out):.3f} ± {interval(held_out):.3f}"
         )
         against = "i2a-nstep" if "nstep" in variant else "i2a"
         for threshold in THRESHOLDS:
