@@ -68,7 +68,7 @@ PROGRAMS = {
     "benchmark/i2a_evaluate.py picture": ("--depth 2", "docs/i2a_imagined.png"),
     "benchmark/i2a_evaluate.py film": ("", "docs/i2a_film.gif"),
     "benchmark/level_statistics.py": ("--num-levels 50", "benchmark/results/level_statistics.csv"),
-    "benchmark/plot.py": ("", "benchmark/results/i2a_frames_7x7-1.csv docs/i2a_curves_7x7-1.png"),
+    "benchmark/plot.py": ("", "benchmark/results/i2a_frames_8x8-2.csv docs/i2a_curves_8x8-2.png"),
     "benchmark/world_model_runs.py": (
         "--report-only",
         "benchmark/results/world_model_summary.csv docs/world_model_curves.png docs/world_model_limits.png",
