@@ -28,7 +28,7 @@ import pathlib
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -142,7 +142,7 @@ class Args:
     log_frequency: int = 1_000
     """updates of a student between rows of metrics; a teacher has 20"""
     resume: str | None = None
-    """continue from this agent.pt with the teacher or student that it lacks; every other flag comes from it"""
+    """continue from this agent.pt with the teacher or student that it lacks, and with its flags"""
     evaluate: str | None = None
     """evaluate the teachers and students of this agent.pt, and stop"""
 
@@ -268,6 +268,24 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
     if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
         sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
     return state
+
+
+def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint; exits if another script wrote it."""
+    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
+        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+    return Args(**state["args"])
+
+
+def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
+    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
+    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
+    given = {field.name for field in fields(Args) if getattr(args, field.name) != getattr(Args(), field.name)}
+    if wrong := given - beside:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
+        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
+    return replace(saved_args(path, state), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -745,11 +763,9 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     if path:
         state = load_checkpoint(path, device)
-        known = {"teachers", "students", "run_name"} <= set(state)
-        if not known or set(state["args"]) != {field.name for field in fields(Args)}:
+        if not {"teachers", "students", "run_name"} <= set(state):
             sys.exit(f"{path} is of another script or version: give an agent.pt of this distillation.py")
-        now = {name: getattr(args, name) for name in ("evaluate", "resume", "track", "capture_video")}
-        args = Args(**state["args"] | now)
+        args = resumed_args(args, path, state)
     else:
         run_name = f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}__{int(time.time())}"
         state = {"args": asdict(args), "run_name": run_name, "teachers": {}, "students": {}}

@@ -113,7 +113,7 @@ class Args:
     eval_episodes: int = 200
     """held-out levels of each task in an evaluation"""
     resume: str | None = None
-    """continue from this checkpoint.pt, with its flags"""
+    """continue from this checkpoint.pt, with its flags; --total-timesteps may be raised"""
     evaluate: str | None = None
     """evaluate this checkpoint.pt, and stop"""
 
@@ -239,6 +239,17 @@ def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
     if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
         sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
     return Args(**state["args"])
+
+
+def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
+    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
+    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
+    given = {field.name for field in fields(Args) if getattr(args, field.name) != getattr(Args(), field.name)}
+    if wrong := given - beside:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
+        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
+    return replace(saved_args(path, state), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -485,8 +496,7 @@ def main(args: Args) -> dict[str, float]:
     if state is not None:
         if "agent" not in state or "envs" not in state:
             sys.exit(f"{path} is no checkpoint of distral.py")
-        kept = {name: getattr(args, name) for name in ("evaluate", "resume", "track", "capture_video")}
-        args = replace(saved_args(path, state), **kept)
+        args = resumed_args(args, path, state)
     check_distral(args)
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)

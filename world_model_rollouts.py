@@ -157,7 +157,7 @@ class Args:
     stop_return: float | None = None
     """stop once an evaluation reaches this mean return"""
     resume: str | None = None
-    """continue from this agent.pt; every other flag comes from it"""
+    """continue from this agent.pt, with its flags; --total-timesteps may be raised"""
     evaluate: str | None = None
     """evaluate the greedy policy of this agent.pt, and stop"""
 
@@ -283,6 +283,17 @@ def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
     if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
         sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
     return Args(**state["args"])
+
+
+def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> Any:
+    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
+    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
+    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
+    given = {field.name for field in fields(Args) if getattr(args, field.name) != getattr(Args(), field.name)}
+    if wrong := given - beside:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
+        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
+    return replace(saved_args(path, state), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -908,8 +919,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state is not None:
-        names = ("evaluate", "resume", "track", *(("eval_episodes", "capture_video") if args.evaluate else ()))
-        args = replace(saved_args(path, state), **{name: getattr(args, name) for name in names})
+        args = resumed_args(args, path, state)
     run_name = state["run_name"] if state else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)

@@ -574,6 +574,8 @@ def test_evaluate_and_resume(tmp_path, monkeypatch, capsys):
     assert [row["student"] for row in resumed] == [row["student"] for row in rows]
     after = torch.load(path, weights_only=True)["students"]["0.1"]["network"]
     assert all(torch.equal(weights, after[name]) for name, weights in removed["network"].items())
+    with pytest.raises(SystemExit, match=r"--loss: .* brings its own flags"):
+        main(Args(resume=str(path), loss="nll"))
     path.write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="damaged"):
         main(Args(resume=str(path)))

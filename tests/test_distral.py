@@ -351,6 +351,10 @@ def test_resume_continues_bit_for_bit_and_evaluate_reads(tmp_path, monkeypatch, 
     assert main(Args(evaluate=str(path))) == whole
     with pytest.raises(SystemExit, match="finished run"):
         main(Args(resume=str(path)))
+    with pytest.raises(SystemExit, match=r"--beta: .* brings its own flags"):
+        main(Args(resume=str(path), beta=7.0))
+    main(Args(resume=str(path), total_timesteps=320))
+    assert torch.load(path, weights_only=True)["global_step"] == 320
     path.write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="damaged"):
         main(Args(evaluate=str(path)))

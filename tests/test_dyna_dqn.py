@@ -306,6 +306,8 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
     assert "policy, 3 episodes" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has had all of its 120 steps"):
         main(Args(resume=str(path)))
+    with pytest.raises(SystemExit, match=r"--batch-size: .* brings its own flags"):
+        main(Args(resume=str(path), batch_size=7))
     # as if it had been stopped half way
     state["global_step"], state["num_rows"] = 80, 2
     torch.save(state, path)
@@ -313,6 +315,7 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
     assert [r["global_step"] for r in rows] == [120]
     lines = (path.parent / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["global_step", "40", "80", "120"]
+    assert [r["global_step"] for r in main(Args(resume=str(path), total_timesteps=200))] == [160, 200]
     torch.save({"args": {"size": 7}}, path)
     with pytest.raises(SystemExit, match=r"agent\.pt is of another script or version: the flags .*planning"):
         main(Args(evaluate=str(path)))

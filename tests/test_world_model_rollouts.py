@@ -872,6 +872,9 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys, model):
     assert evaluation == evaluate_in_reality(RealEnvs("CartPole-v1", 30, CPU, seeds[-1][0]), agent)[0].mean()
     with pytest.raises(SystemExit, match="has had all of its 160 steps"):
         main(Args(resume=str(path)))
+    with pytest.raises(SystemExit, match=r"--horizon: .* brings its own flags"):
+        main(Args(resume=str(path), horizon=7))
+    assert [row["global_step"] for row in main(Args(resume=str(path), total_timesteps=200))] == [200]
     torch.save({"args": {"size": 7}}, path)
     with pytest.raises(SystemExit, match=r"is of another script or version: the flags .*horizon"):
         main(Args(evaluate=str(path)))
