@@ -106,7 +106,7 @@ class Args:
     """channels of a column's two convolutions"""
     dense: int = 128
     """units of a column's dense layer"""
-    log_frames: int = 20_000
+    log_frequency: int = 20_000
     """frames between rows of metrics"""
     checkpoint_minutes: float = 3.0
     """minutes between checkpoints"""
@@ -468,7 +468,7 @@ def write_films(agent: DistralAgent, args: Args, folder: pathlib.Path, size: tup
 
 def check_distral(args: Args) -> None:
     for name in (
-        "total_timesteps", "num_envs", "num_steps", "log_frames", "eval_episodes", "max_episode_steps", "channels",
+        "total_timesteps", "num_envs", "num_steps", "log_frequency", "eval_episodes", "max_episode_steps", "channels",
         "dense",
     ):  # fmt: skip
         if getattr(args, name) < 1:
@@ -609,7 +609,7 @@ def main(args: Args) -> dict[str, float]:
         before, global_step = global_step, global_step + T * n * N
         bar.update(T * n * N)
         over = global_step >= args.total_timesteps
-        if global_step // args.log_frames == before // args.log_frames and not over:
+        if global_step // args.log_frequency == before // args.log_frequency and not over:
             continue
         names = ("policy_loss", "value_loss", "entropy", "distillation", "kl_to_distilled")
         metrics = {f"losses/{k}": v for k, v in zip(names, (sums / iterations).tolist(), strict=True)}

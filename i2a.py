@@ -155,7 +155,7 @@ class Args:
     """bfloat16 autocast"""
     checkpoint_minutes: float = 3.0
     """minutes between checkpoints"""
-    log_frames: int = 20_000
+    log_frequency: int = 20_000
     """frames between rows of metrics"""
     resume: str | None = None
     """continue from this checkpoint.pt, with its flags (those given beside --resume or --evaluate override them)"""
@@ -728,7 +728,7 @@ def pretrain_model(
             return
         if (step + 1) % 500 == 0 or step + 1 == args.model_steps:
             metrics = model_metrics(env_model, held_out)
-            logger.log(args.model_frames, metrics | {"losses/model": loss.mean().item(), "model/step": step + 1})
+            logger.log(args.model_frames, metrics | {"losses/model_loss": loss.mean().item(), "model/step": step + 1})
             if metrics["model/all_right"] >= best:
                 best, weights = metrics["model/all_right"], copy.deepcopy(env_model.state_dict())
             right_in_a_row = right_in_a_row + 1 if metrics["model/all_right"] == 1 else 0
@@ -874,7 +874,7 @@ def write_gif(path: pathlib.Path, boards: Tensor) -> None:
 def check_args(args: Args) -> None:
     """Refuse flags that can't work, before anything is written."""
     least = {
-        "num_envs": 1, "num_steps": 1, "log_frames": 1, "eval_episodes": 1, "model_steps": 1, "model_width": 1,
+        "num_envs": 1, "num_steps": 1, "log_frequency": 1, "eval_episodes": 1, "model_steps": 1, "model_width": 1,
         "dense": 1, "lstm": 2, "num_boxes": 1, "max_episode_steps": 1, "model_frames": 1000, "seed": 0,
     }  # fmt: skip
     for name, value in least.items():
@@ -1084,7 +1084,7 @@ def main(args: Args) -> None:
 
         # 4. With --finetune-model, the model learns from the same transitions, by its own loss only
         before, global_step = global_step, global_step + args.num_envs * args.num_steps * world
-        log = global_step // args.log_frames > before // args.log_frames or global_step >= args.total_timesteps
+        log = global_step // args.log_frequency > before // args.log_frequency or global_step >= args.total_timesteps
         log |= bool(stop) and world == 1  # several processes stop together, at the next row
         if args.finetune_model or (log and dream):
             cells = (convert_observation(x, args.observation, "cells") for x in (batch, true_next[:, :, -1]))
@@ -1115,7 +1115,7 @@ def main(args: Args) -> None:
             sps = (global_step - first_step) / (time.time() - first_time)
             metrics |= {"charts/SPS": sps, "charts/minutes": minutes + (time.time() - started) / 60}
             if args.finetune_model:
-                metrics["losses/model"] = finetune_loss.item()
+                metrics["losses/model_loss"] = finetune_loss.item()
             if dream:
                 metrics["charts/imagined_steps_per_second"] = sps * A * args.imagination_depth
                 metrics |= model_metrics(networks["env_model"], fresh, "_own_states")

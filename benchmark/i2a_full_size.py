@@ -25,14 +25,14 @@ RESULTS = ROOT / "benchmark" / "results" / "i2a"
 @dataclass
 class Args:
     eval_levels: str
-    """Boxoban file or folder to judge by"""
+    """this Boxoban file or folder is what it is judged by"""
     agent: Literal["i2a", "model-free"] = "i2a"
     """who learns"""
     seed: int = 11
     """seed of the run"""
     boxes: tuple[int, ...] = (1, 2, 4)
     """boxes of each stage"""
-    until: tuple[int, ...] = (2_000_000, 5_000_000, 10_000_000)
+    until: tuple[int, ...] = (1_500_000, 3_500_000, 8_000_000)
     """frames after which each stage ends"""
     part: int = 500_000
     """frames between evaluations"""

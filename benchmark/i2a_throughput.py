@@ -107,7 +107,7 @@ def main(args: Args) -> None:
             steps = [
                 "--total-timesteps",
                 str(args.frames),
-                "--log-frames",
+                "--log-frequency",
                 str(args.frames // 2),
                 "--eval-episodes",
                 "1",

@@ -6,7 +6,8 @@ Prints, for each variant: the share of new training levels solved (each level is
 last 100,000 frames before --at-frames, and the frames at which that share, in a window of five rows, first reaches 25,
 50, 80 and 95 %, with and without the model's pretraining frames; over paired seeds, the ratio of its frames to I2A's:
 the geometric mean with its 95 % interval (Student's t). Writes benchmark/results/i2a_frames_TASK.csv,
-docs/i2a_curves_TASK.png and, where benchmark/i2a_evaluate.py has tested the agents, docs/i2a_boxes_TASK.png.
+docs/i2a_curves_TASK.png and, where benchmark/i2a_evaluate.py has tested the agents, docs/i2a_boxes_TASK.png. The runs
+of benchmark/i2a_full_size.py (task 10x10-4), which are evaluated as they go, have docs/i2a_full_size.png instead.
 """
 
 import csv
@@ -161,7 +162,30 @@ def tests(task: str) -> None:
         plt.close(figure)
 
 
+def full_size(paths: list[pathlib.Path]) -> None:
+    """Levels solved against frames in runs that are evaluated as they go, with each evaluation's own 95 % interval."""
+    figure, axis = plt.subplots(figsize=(6.5, 4), constrained_layout=True)
+    for path in paths:
+        rows = [row for row in read(path) if row.get("eval/solved")]
+        frames, solved, low, high = (
+            np.array([float(row[name]) for row in rows])
+            for name in ("global_step", "eval/solved", "eval/solved_low", "eval/solved_high")
+        )
+        print(f"\n{path.stem}:")
+        for row in zip(frames, solved, low, high, strict=True):
+            print("  {:,.0f} frames: {:.3f} ({:.3f} to {:.3f})".format(*row))
+        variant = path.stem.split("_")[1]
+        (line,) = axis.plot(frames, solved, marker=".", label=NAMES.get(variant, variant))
+        axis.fill_between(frames, low, high, alpha=0.2, color=line.get_color())
+    axis.set(xlabel="environment frames, the model's included", ylabel="Boxoban levels solved", ylim=(0, None))
+    axis.legend()
+    figure.savefig(ROOT / "docs" / "i2a_full_size.png", dpi=90)
+
+
 def main(args: Args) -> None:
+    if args.task == "10x10-4":
+        full_size(sorted((RESULTS / "i2a").glob(f"{args.task}_*.csv")))
+        return
     runs: dict[str, dict[int, tuple]] = {}
     for path in sorted((RESULTS / "i2a").glob(f"{args.task}_*.csv")):
         _, variant, seed = path.stem.split("_")

@@ -37,7 +37,7 @@ TINY = {
     "distillation.py": "--teacher-timesteps 256 --num-envs 8 --learning-starts 100 --dqn-updates 1 --buffer-size 256 "
     "--distill-steps 20 --log-frequency 10 --batch-size 32 --max-episode-steps 16 --eval-episodes 32",
     "distral_tabular.py": "--total-timesteps 100 --eval-frequency 50",
-    "distral.py": "--total-timesteps 512 --log-frames 256 --num-envs 4 --channels 4 --dense 8 --eval-episodes 4 "
+    "distral.py": "--total-timesteps 512 --log-frequency 256 --num-envs 4 --channels 4 --dense 8 --eval-episodes 4 "
     "--max-episode-steps 8",
 }
 EVALUATION = {  # beside --evaluate, where the file doesn't bring a tiny number of episodes; --resume brings all flags
@@ -62,6 +62,10 @@ PROGRAMS = {
     "benchmark/i2a_runs.py": (
         "--task 5x5-1 --variants model-free --seeds 1 --total-timesteps 512 --jobs 1",
         "benchmark/results/i2a/5x5-1_model-free_1.csv",
+    ),
+    "benchmark/i2a_full_size.py": (
+        "--agent model-free --boxes 3 2 --until 20500 21000 --part 500 --eval-episodes 2 --seed 1",
+        "benchmark/results/i2a/10x10-4_model-free_1.csv",
     ),
     "benchmark/i2a_evaluate.py random": ("--tasks 6x6-1 --episodes 8", "benchmark/results/i2a_random.csv"),
     "benchmark/i2a_evaluate.py lesions": ("--episodes 4", "benchmark/results/i2a_lesions.csv"),

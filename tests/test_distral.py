@@ -22,7 +22,7 @@ from distral import (
 
 SMALL = {
     "tasks": ("5x5-1", "6x5-1"), "held_out": "5x5-2", "num_envs": 4, "num_steps": 4, "total_timesteps": 128,
-    "log_frames": 64, "channels": 4, "dense": 16, "eval_episodes": 6, "max_episode_steps": 10,
+    "log_frequency": 64, "channels": 4, "dense": 16, "eval_episodes": 6, "max_episode_steps": 10,
 }  # fmt: skip
 
 
@@ -313,7 +313,7 @@ def test_training_moves_every_column_and_reproduces(tmp_path, monkeypatch, algor
 
 def test_one_column_trains_the_distilled_policy_towards_the_tasks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL | {"columns": 1, "total_timesteps": 2048, "log_frames": 512, "beta": 5.0, "variant": "kl"}))
+    main(Args(**SMALL | {"columns": 1, "total_timesteps": 2048, "log_frequency": 512, "beta": 5.0, "variant": "kl"}))
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     bias = torch.load(path, weights_only=True)["agent"]["shared.actor.bias"]
     assert bias.abs().max() > 0.01  # it starts at 0, and nothing but the distillation reaches it

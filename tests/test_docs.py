@@ -1,10 +1,12 @@
-"""README and docs: every command's flags exist, every link leads somewhere, every quoted line stands where it is said.
+"""README and docs: every command's flags exist, every link leads somewhere, every quoted line stands where it is said, and the
+shipped agents are the files that the page names.
 
 A command is what stands in a bash block or in backticks and starts with `python`; it is parsed by the script's own
 parser, not run (each script's tests run it).
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import pathlib
@@ -88,3 +90,12 @@ def test_quoted_lines_stand_where_they_are_said_to():
                 now = [i for i, line in enumerate(lines, start=1) if text in line]
                 wrong.append(f"{page.name}: {text} is on line {now} of {path}, not {number}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_shipped_agents_are_those_of_the_pages():
+    agents = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (ROOT / "checkpoints").glob("*.pt")}
+    text = (ROOT / "docs" / "i2a.md").read_text()
+    for path, digest in agents.items():
+        assert re.search(rf"checkpoints/{re.escape(path.name)}\).*?SHA-256 `{digest}`", text, re.DOTALL), path.name
+        assert path.stat().st_size < 5e6
+    assert len(agents) == 2

@@ -37,7 +37,7 @@ SMALL = {
 TINY = [
     "--size", "5", "--cnn-channels", "8", "--encoder-channels", "8", "--dense", "16", "--lstm", "8",
     "--model-width", "4", "--num-envs", "8", "--num-steps", "4", "--model-frames", "1000", "--model-steps", "40",
-    "--eval-episodes", "20", "--log-frames", "200", "--max-episode-steps", "20", "--total-timesteps", "2000",
+    "--eval-episodes", "20", "--log-frequency", "200", "--max-episode-steps", "20", "--total-timesteps", "2000",
 ]  # fmt: skip
 
 
@@ -486,8 +486,8 @@ def test_the_loop_bootstraps_from_the_true_last_frames(monkeypatch: pytest.Monke
 
 
 def test_measuring_changes_nothing():
-    for log_frames in ("100", "1000"):
-        i2a.main(i2a.parse_args([*TINY, "--log-frames", log_frames, "--exp-name", f"every{log_frames}"]))
+    for log_frequency in ("100", "1000"):
+        i2a.main(i2a.parse_args([*TINY, "--log-frequency", log_frequency, "--exp-name", f"every{log_frequency}"]))
     one, other = (torch.load(next(pathlib.Path("runs").glob(f"*every{n}__*/agent.pt"))) for n in (100, 1000))
     assert all(torch.equal(value, other["networks"][name]) for name, value in one["networks"].items())
 
@@ -650,7 +650,7 @@ def test_learning_raises_the_solve_rate():
 
 
 LEARNING = [
-    "--size", "5", "--total-timesteps", "45000", "--model-frames", "4000", "--model-steps", "800", "--log-frames",
+    "--size", "5", "--total-timesteps", "45000", "--model-frames", "4000", "--model-steps", "800", "--log-frequency",
     "4000", "--imagination-depth", "2", "--max-episode-steps", "20", "--lstm", "32", "--eval-episodes", "300",
     "--num-envs", "16", "--learning-rate", "2e-3",
 ]  # fmt: skip
@@ -726,7 +726,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int):
         *TINY,
         "--total-timesteps",
         "100000000",
-        "--log-frames",
+        "--log-frequency",
         "100000000",
     ]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -814,6 +814,23 @@ def test_evaluation_of_an_export():
     assert result.returncode == 0, result.stderr
     assert "eval/solved" in result.stdout
     assert path.with_suffix(".gif").exists()
+
+
+def test_monte_carlo_search_takes_the_win_that_a_perfect_model_shows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    import i2a_evaluate
+
+    pushes = (("#@$.#", "#   #"), ("#.$@#", "#   #"), ("#  .#", "#  $#", "#  @#"), ("#@  #", "#$  #", "#.  #"))
+    text = ("\n".join(["#####", *(rows + ("#   #",) * 3)[:3], "#####"]) for rows in pushes)
+    pathlib.Path("near.txt").write_text("\n\n".join(text))
+    flags = ["--env-model", "perfect", "--total-timesteps", "64", "--eval-levels", "near.txt"]
+    i2a.main(i2a.parse_args([*TINY, *flags]))  # two updates: its value and its policy know nothing
+    settings = i2a_evaluate.Search((), rollouts=20, depth=2, episodes=4)
+    rows = {m: i2a_evaluate.search_with(str(only_run() / "agent.pt"), m, settings) for m in ("perfect", "copy")}
+    assert (rows["perfect"]["eval/solved"], rows["perfect"]["eval/mean_steps"]) == (1, 1)
+    # for each action 20 rollouts of 2 steps, and for the value of each one's last frame A rollouts of 3 steps
+    assert rows["perfect"]["imagined_steps_per_solved"] == 20 * A * (2 + A * 3)
+    assert rows["copy"]["eval/mean_steps"] != 1
 
 
 def wandb_records(path: pathlib.Path) -> list[bytes]:
@@ -929,7 +946,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint
         return policy_loss, value_loss * (float("nan") if len(calls) == 25 else 1), entropy
 
     monkeypatch.setattr(i2a, "actor_critic_losses", breaking)
-    message = refused(*TINY, "--agent", "model-free", "--checkpoint-minutes", "0", "--log-frames", "160")
+    message = refused(*TINY, "--agent", "model-free", "--checkpoint-minutes", "0", "--log-frequency", "160")
     assert message.startswith("losses/value_loss is nan at step 800: ")
     state = torch.load(only_run() / "checkpoint.pt")
     assert all(value.isfinite().all() for value in state["networks"].values())
