@@ -1,5 +1,5 @@
-"""README and docs: every command's flags exist, every link leads somewhere, every quoted line stands where it is said, and the
-shipped agents are the files that the page names.
+"""README and docs: every command's flags exist, every link leads somewhere, every quoted line stands where it is said,
+and the shipped agents are the files that the page names.
 
 A command is what stands in a bash block or in backticks and starts with `python`; it is parsed by the script's own
 parser, not run (each script's tests run it).
