@@ -26,6 +26,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -48,8 +49,8 @@ NEEDS_Q_VALUES = "--loss mse compares Q-values: it needs teachers of --teacher d
 
 @dataclass
 class Args:
-    exp_name: str = "distillation"
-    """the name of this experiment"""
+    exp_name: str = pathlib.Path(__file__).stem
+    """the name of this experiment (of this file)"""
     seed: int = 1
     """seed of the experiment"""
     torch_deterministic: bool = True
@@ -192,10 +193,13 @@ class Logger:
         if args.track:
             import wandb
 
-            self.run = wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name, resume="allow",
-                config=vars(args), dir=str(self.path.parent),
-            )  # fmt: skip
+            try:
+                self.run = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
+                    resume="allow", config=vars(args), dir=str(self.path.parent),
+                )  # fmt: skip
+            except wandb.Error as e:
+                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
             self.run.define_metric("*", step_metric="global_step")
 
     def restore(self, num_rows: int) -> None:
@@ -273,7 +277,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
 def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
     """The `Args` of a checkpoint; exits if another script wrote it."""
     if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
+        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
     return Args(**state["args"])
 
 
@@ -281,7 +286,9 @@ def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> A
     """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
     free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
     beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
-    given = {field.name for field in fields(Args) if getattr(args, field.name) != getattr(Args(), field.name)}
+    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
+    names = [field.name for field in fields(Args)]
+    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
     if wrong := given - beside:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
         sys.exit(f"{flags}: {path} brings its own flags, leave these out")
@@ -355,12 +362,13 @@ class Task:
                     levels=levels, device=device, render_mode=film,
                 )  # fmt: skip
             else:
-                kwargs = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-                self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=kwargs, render_mode=film)
+                kwargs = {"vector_kwargs": {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}}
+                kwargs |= {"render_mode": film} if film else {}  # an environment need not know it
+                self.envs = gym.make_vec(env_id, num_envs, "sync", **kwargs)
             if film:
                 self.envs.reset()
                 self.envs.render()  # what is missing for it is said here
-        except (gym.error.Error, ValueError, ImportError) as e:
+        except (gym.error.Error, ValueError, TypeError, ImportError) as e:
             sys.exit(f"can't make {env_id} of --env-ids: {str(e).splitlines()[0]}")
         actions, states = self.envs.single_action_space, self.envs.single_observation_space
         if not isinstance(actions, gym.spaces.Discrete):
@@ -767,7 +775,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             sys.exit(f"{path} is of another script or version: give an agent.pt of this distillation.py")
         args = resumed_args(args, path, state)
     else:
-        run_name = f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        run_name = re.sub("[:/]", "-", f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}__{int(time.time())}")
         state = {"args": asdict(args), "run_name": run_name, "teachers": {}, "students": {}}
         state |= {"global_step": 0, "num_rows": 0}
     for teacher_path in () if path else args.teacher_path:

@@ -25,6 +25,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -46,8 +47,8 @@ EVAL_SEED = 10**9  # of the held-out levels
 
 @dataclass
 class Args:
-    exp_name: str = "distral"
-    """the name of this experiment"""
+    exp_name: str = pathlib.Path(__file__).stem
+    """the name of this experiment (of this file)"""
     seed: int = 1
     """seed of the experiment"""
     torch_deterministic: bool = True
@@ -156,10 +157,13 @@ class Logger:
         if args.track:
             import wandb
 
-            self.run = wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name, resume="allow",
-                config=vars(args), dir=str(self.path.parent),
-            )  # fmt: skip
+            try:
+                self.run = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
+                    resume="allow", config=vars(args), dir=str(self.path.parent),
+                )  # fmt: skip
+            except wandb.Error as e:
+                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
             self.run.define_metric("*", step_metric="global_step")
 
     def restore(self, num_rows: int) -> None:
@@ -237,7 +241,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
 def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
     """The `Args` of a checkpoint; exits if another script wrote it."""
     if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
+        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
     return Args(**state["args"])
 
 
@@ -245,7 +250,9 @@ def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> A
     """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
     free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
     beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
-    given = {field.name for field in fields(Args) if getattr(args, field.name) != getattr(Args(), field.name)}
+    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
+    names = [field.name for field in fields(Args)]
+    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
     if wrong := given - beside:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
         sys.exit(f"{flags}: {path} brings its own flags, leave these out")
@@ -528,7 +535,7 @@ def main(args: Args) -> dict[str, float]:
             write_films(agent, args, pathlib.Path(args.evaluate).parent, (H, W), device)
         return metrics
     if state and state["global_step"] >= args.total_timesteps:
-        sys.exit(f"{args.resume} is of a finished run: --evaluate it")
+        sys.exit(f"{args.resume} is of a finished run: --evaluate it, or give more --total-timesteps")
     name = f"Sokoban-{n}-tasks__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_name = state["run_name"] if state else name
     logger = Logger(args, run_name)
@@ -547,6 +554,8 @@ def main(args: Args) -> dict[str, float]:
     outcomes = torch.zeros(3, n, device=device)  # of each task: episodes, solved, returns
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", disable=not sys.stderr.isatty())
     first_step, first_time, saved_at = global_step, time.time(), time.time()
+    stop: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     while global_step < args.total_timesteps:
         # 1. Act for T steps in every task, a_t ~ π_i
         steps, lasts = [], []
@@ -609,7 +618,7 @@ def main(args: Args) -> dict[str, float]:
         before, global_step = global_step, global_step + T * n * N
         bar.update(T * n * N)
         over = global_step >= args.total_timesteps
-        if global_step // args.log_frequency == before // args.log_frequency and not over:
+        if global_step // args.log_frequency == before // args.log_frequency and not (over or stop):
             continue
         names = ("policy_loss", "value_loss", "entropy", "distillation", "kl_to_distilled")
         metrics = {f"losses/{k}": v for k, v in zip(names, (sums / iterations).tolist(), strict=True)}
@@ -628,13 +637,19 @@ def main(args: Args) -> dict[str, float]:
         sums.zero_()
         outcomes.zero_()
         iterations = 0
-        if args.save_model and (over or time.time() - saved_at > 60 * args.checkpoint_minutes):
+        if args.save_model and (over or stop or time.time() - saved_at > 60 * args.checkpoint_minutes):
             save_checkpoint(folder / "checkpoint.pt", {
                 "args": asdict(replace(args, resume=None)), "run_name": run_name, "global_step": global_step,
                 "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.get_state(),
                 "envs": [env.get_state() for env in envs], "rows": len(logger.rows),
             })  # fmt: skip
             saved_at = time.time()
+        if over or stop:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if stop and not over:
+            kept = f"; to go on: python distral.py --resume {folder}/checkpoint.pt" if args.save_model else ""
+            sys.exit(f"stopped after {global_step:,} frames{kept}")
     bar.close()
     if args.capture_video:
         write_films(agent, args, folder, (H, W), device)

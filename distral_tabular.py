@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = "distral_tabular"
-    """the name of this experiment"""
+    exp_name: str = pathlib.Path(__file__).stem
+    """the name of this experiment (of this file)"""
     seed: int = 1
     """seed of the experiment"""
     torch_deterministic: bool = True
@@ -127,10 +127,13 @@ class Logger:
         if args.track:
             import wandb
 
-            self.run = wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name, resume="allow",
-                config=vars(args), dir=str(self.path.parent),
-            )  # fmt: skip
+            try:
+                self.run = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
+                    resume="allow", config=vars(args), dir=str(self.path.parent),
+                )  # fmt: skip
+            except wandb.Error as e:
+                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
             self.run.define_metric("*", step_metric="global_step")
 
     def restore(self, num_rows: int) -> None:
@@ -208,7 +211,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
 def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
     """The `Args` of a checkpoint; exits if another script wrote it."""
     if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
+        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
     return Args(**state["args"])
 
 

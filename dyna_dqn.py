@@ -27,6 +27,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -47,8 +48,8 @@ import sokoban_env
 
 @dataclass
 class Args:
-    exp_name: str = "dyna_dqn"
-    """the name of this experiment"""
+    exp_name: str = pathlib.Path(__file__).stem
+    """the name of this experiment (of this file)"""
     seed: int = 1
     """seed of the experiment"""
     torch_deterministic: bool = True
@@ -166,10 +167,13 @@ class Logger:
         if args.track:
             import wandb
 
-            self.run = wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name, resume="allow",
-                config=vars(args), dir=str(self.path.parent),
-            )  # fmt: skip
+            try:
+                self.run = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
+                    resume="allow", config=vars(args), dir=str(self.path.parent),
+                )  # fmt: skip
+            except wandb.Error as e:
+                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
             self.run.define_metric("*", step_metric="global_step")
 
     def restore(self, num_rows: int) -> None:
@@ -247,7 +251,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
 def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
     """The `Args` of a checkpoint; exits if another script wrote it."""
     if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
+        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
     return Args(**state["args"])
 
 
@@ -255,7 +260,9 @@ def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> A
     """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
     free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
     beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
-    given = {field.name for field in fields(Args) if getattr(args, field.name) != getattr(Args(), field.name)}
+    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
+    names = [field.name for field in fields(Args)]
+    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
     if wrong := given - beside:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
         sys.exit(f"{flags}: {path} brings its own flags, leave these out")
@@ -294,7 +301,7 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
             env.reset()
             env.render()  # what is missing for it is said here
             env = gym.wrappers.RecordVideo(env, video)
-    except (gym.error.Error, ValueError, ImportError) as e:
+    except (gym.error.Error, ValueError, TypeError, ImportError) as e:
         sys.exit(f"can't make --env-id {args.env_id}: {str(e).splitlines()[0]}")
     if not isinstance(env.action_space, gym.spaces.Discrete):
         sys.exit(f"{args.env_id} has the action space {env.action_space}, DQN needs a Discrete one: try CartPole-v1")
@@ -513,7 +520,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     state = load_checkpoint(path, device) if path else None
     if state is not None:
         args = resumed_args(args, path, state)
-    run_name = state["run_name"] if state else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = state["run_name"] if state else re.sub("[:/]", "-", name)
     seed_everything(args.seed, args.torch_deterministic)
     E, K, B, D = args.num_seeds, args.planning_steps, args.batch_size, args.imagination_depth
     envs = [make_feature_env(args, f"videos/{run_name}-{e}" if args.capture_video else None) for e in range(E)]
@@ -542,7 +550,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         rng.set_state(state["rng"].cpu())
         coin.seed(f"{args.seed} {done_steps}")
         if args.resume and done_steps >= args.total_timesteps:
-            sys.exit(f"{path} has had all of its {done_steps} steps: --evaluate it, or train anew with more")
+            sys.exit(f"{path} has had all of its {done_steps} steps: --evaluate it, or give more --total-timesteps")
     if args.evaluate:
         returns, _, _ = greedy_rollouts(eval_envs, q_net, E, device, seed=10_000 + args.seed)
         half = 1.96 * returns.std() / math.sqrt(returns.size)

@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -39,8 +40,8 @@ import sokoban_env
 
 @dataclass
 class Args:
-    exp_name: str = "dyna_q"
-    """the name of this experiment"""
+    exp_name: str = pathlib.Path(__file__).stem
+    """the name of this experiment (of this file)"""
     seed: int = 1
     """seed of the experiment"""
     torch_deterministic: bool = True
@@ -130,10 +131,13 @@ class Logger:
         if args.track:
             import wandb
 
-            self.run = wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name, resume="allow",
-                config=vars(args), dir=str(self.path.parent),
-            )  # fmt: skip
+            try:
+                self.run = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
+                    resume="allow", config=vars(args), dir=str(self.path.parent),
+                )  # fmt: skip
+            except wandb.Error as e:
+                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
             self.run.define_metric("*", step_metric="global_step")
 
     def restore(self, num_rows: int) -> None:
@@ -211,7 +215,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict
 def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
     """The `Args` of a checkpoint; exits if another script wrote it."""
     if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        sys.exit(f"{path} is of another script or version: the flags {', '.join(sorted(unknown))} differ")
+        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
+        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
     return Args(**state["args"])
 
 
@@ -313,7 +318,7 @@ def make_table_env(args: Args, video: str | None = None) -> gym.Env:
             env.reset()
             env.render()  # what is missing for it is said here
             env = gym.wrappers.RecordVideo(env, video)
-    except (gym.error.Error, ValueError, ImportError) as e:
+    except (gym.error.Error, ValueError, TypeError, ImportError) as e:
         sys.exit(f"can't make --env-id {args.env_id}: {str(e).splitlines()[0]}; this file's own are {', '.join(MAZES)}")
     states, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Discrete):
@@ -416,7 +421,7 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
         print(f"greedy policy: return {returns.mean():.4g} ± {half:.2g}, {lengths.mean():.1f} steps an episode")
         return {"returns": returns, "lengths": lengths}
 
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = re.sub("[:/]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     seed_everything(args.seed, args.torch_deterministic)
     rng = random.Random(args.seed)
     uniform = rng.random  # int(uniform() * n) is the fastest way to an integer

@@ -168,7 +168,7 @@ def _pad_levels(boards: Any, size: tuple[int, int] | None, name: str) -> np.ndar
     for i, board in enumerate(boards):
         if board.ndim != 2 or board.shape[0] > height or board.shape[1] > width:
             shape = "x".join(map(str, board.shape))
-            raise ValueError(f"{name}: level {i} is {shape}, too large for size {height}x{width}")
+            raise ValueError(f"{name}: level {i} is {shape}, too large for size {height}x{width}: take a larger size")
         padded[i, : board.shape[0], : board.shape[1]] = board
     _check_boards(padded, name)
     return padded

@@ -235,6 +235,7 @@ def test_a_script_runs(command: str, copy: pathlib.Path, trained, monkeypatch, c
             assert list(pathlib.Path(args.evaluate).parent.glob("*.gif"))
         return
     (folder,) = (path for path in (copy / "runs").iterdir() if path.name != "NAME")
+    assert not {":", "/"} & {*folder.name}  # W&B takes no such name
     rows = rows_of(folder)
     values = {(i, k): float(v) for i, row in enumerate(rows) for k, v in row.items() if v and "/" in k}
     assert any(k.startswith(("losses/", "eval/")) for _, k in values)

@@ -1,5 +1,8 @@
 """distral.py: identities of the columns, the regularised reward, who learns from which loss, ends, files and flags."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -358,6 +361,28 @@ def test_resume_continues_bit_for_bit_and_evaluate_reads(tmp_path, monkeypatch, 
     path.write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="damaged"):
         main(Args(evaluate=str(path)))
+
+
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SMALL | {"total_timesteps": 256, "log_frequency": 128}
+    whole = main(Args(**args))
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    wanted, log, sent = torch.load(path, weights_only=True)["agent"], distral.Logger.log, []
+
+    def log_and_interrupt(self, step, metrics):
+        log(self, step, metrics)
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+
+    monkeypatch.setattr(distral.Logger, "log", log_and_interrupt)
+    with pytest.raises(SystemExit, match=r"stopped after 128 frames; to go on: python distral.py --resume ") as stopped:
+        main(Args(**args | {"exp_name": "stopped"}))
+    path = str(stopped.value).split()[-1]
+    assert main(Args(resume=path)) == whole
+    found = torch.load(path, weights_only=True)["agent"]
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_video(tmp_path, monkeypatch):

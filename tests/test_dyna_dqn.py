@@ -1,6 +1,7 @@
 """dyna_dqn.py: losses by hand, gradients of the model, imagination, rows at episode ends, checkpoints, flags."""
 
 import random
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -308,6 +309,12 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
         main(Args(resume=str(path)))
     with pytest.raises(SystemExit, match=r"--batch-size: .* brings its own flags"):
         main(Args(resume=str(path), batch_size=7))
+    with monkeypatch.context() as patch:  # a flag counts as given even if it says what is the default
+        patch.setattr(sys, "argv", ["dyna_dqn.py", f"--resume={path}", "--gamma", "0.99", "--total-timesteps=9"])
+        with pytest.raises(SystemExit, match=r"^--gamma: .* brings its own flags"):
+            main(Args(resume=str(path)))
+        patch.setattr(sys, "argv", ["dyna_dqn.py", "--total-timesteps", str(Args().total_timesteps), "--no-cuda"])
+        assert dyna_dqn.resumed_args(Args(resume="x"), path, state).total_timesteps == Args().total_timesteps != 120
     # as if it had been stopped half way
     state["global_step"], state["num_rows"] = 80, 2
     torch.save(state, path)
@@ -317,11 +324,18 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
     assert [line.split(",")[0] for line in lines] == ["global_step", "40", "80", "120"]
     assert [r["global_step"] for r in main(Args(resume=str(path), total_timesteps=200))] == [160, 200]
     torch.save({"args": {"size": 7}}, path)
-    with pytest.raises(SystemExit, match=r"agent\.pt is of another script or version: the flags .*planning"):
+    with pytest.raises(SystemExit, match=r"agent\.pt is of another script or version of it .*batch_size, .*, …"):
         main(Args(evaluate=str(path)))
     path.write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="damaged"):
         main(Args(resume=str(path)))
+
+
+def test_video(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(Args(**SMALL | {"total_timesteps": 60, "capture_video": True}))
+    (film,) = tmp_path.glob("videos/CartPole-v1__*/rl-video-episode-0.mp4")
+    assert film.stat().st_size
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

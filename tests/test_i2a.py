@@ -833,6 +833,16 @@ def test_monte_carlo_search_takes_the_win_that_a_perfect_model_shows(monkeypatch
     assert rows["copy"]["eval/mean_steps"] != 1
 
 
+def test_tracking_without_a_login_says_what_to_do():
+    keys = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED")
+    environment = {k: v for k, v in os.environ.items() if k not in keys} | {"HOME": os.getcwd()}
+    command = [sys.executable, str(ROOT / "i2a.py"), *TINY, "--agent", "model-free", "--track"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("--track: ") and "WANDB_MODE=offline" in message and "Traceback" not in result.stderr
+
+
 def wandb_records(path: pathlib.Path) -> list[bytes]:
     """The records of an offline run's file: LevelDB's log format, after a header of 7 bytes."""
     data, records, part, at = path.read_bytes(), [], b"", 7
