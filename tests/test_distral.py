@@ -365,7 +365,7 @@ def test_resume_continues_bit_for_bit_and_evaluate_reads(tmp_path, monkeypatch, 
 
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = SMALL | {"total_timesteps": 256, "log_frequency": 128}
+    args, before = SMALL | {"total_timesteps": 256, "log_frequency": 128}, signal.getsignal(signal.SIGINT)
     whole = main(Args(**args))
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")
     wanted, log, sent = torch.load(path, weights_only=True)["agent"], distral.Logger.log, []
@@ -382,7 +382,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     assert main(Args(resume=path)) == whole
     found = torch.load(path, weights_only=True)["agent"]
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_video(tmp_path, monkeypatch):
