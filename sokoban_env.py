@@ -453,11 +453,20 @@ class _Pool:
     # boards[head:] are fresh, boards[0] was the `serial`-th made; `slices` of batch number `batch` are done
     _COUNTERS = ("head", "serial", "seed", "batch", "slices", "frames", "drawn", "repeated")
 
-    def __init__(self, xp: Any, device: str, settings: tuple[int, int, int], levels: Any, num_envs: int):
+    def __init__(self, xp: Any, device: str, settings: tuple[int, int, int], levels: Any, num_envs: int, exclude: Any):
         self.xp, self.device, self.settings, self.num_envs = xp, device, settings, num_envs
+        number = np.random.default_rng(0).integers(
+            2**62, size=settings[0] * settings[1]
+        )  # a board's: by random weights
+        self.weights, self.barren = xp.asarray(number, device=device), 0
+        self.excluded = None if exclude is None else self.numbers(exclude)
         self.endless = levels is None
         self.boards = xp.zeros((0, *settings[:2]), dtype=xp.uint8, device=device) if self.endless else levels
         self.restart(0)
+
+    def numbers(self, boards: Any) -> Any:
+        """A number (L,) for each board, the same for the same board (modulo 2^64)."""
+        return (self.xp.asarray(boards.reshape(len(boards), -1), dtype=self.xp.int64) * self.weights).sum(1)
 
     def restart(self, seed: int) -> None:
         self.rng, self.work = np.random.default_rng(seed), None
@@ -499,8 +508,15 @@ class _Pool:
         batch = next(self.work)
         self.slices += 1
         if batch is not None:
+            fresh = batch[0]
+            if self.excluded is not None:
+                fresh = fresh[~self.xp.isin(self.numbers(fresh), self.excluded)]
+            self.barren = 0 if len(fresh) else self.barren + 1
+            if self.barren == 20:
+                height, width, boxes = self.settings
+                raise ValueError(f"the generator finds no {height}x{width} level with {boxes} boxes besides `exclude`")
             start = max(0, self.head - 1024)  # some that were handed out stay, to be repeated if need be
-            self.boards = self.xp.concatenate([self.boards[start:], batch[0]])
+            self.boards = self.xp.concatenate([self.boards[start:], fresh])
             self.head, self.serial = self.head - start, self.serial + start
             self.batch, self.slices, self.work = self.batch + 1, 0, None
 
@@ -561,6 +577,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         copy: False returns a view of the environment's own observation buffer, which the next `step`, `reset` or
             `set_state` overwrites. (Stacked frames, rewards, flags and info are the caller's own in either case.)
         backend: "numpy" or "torch"; None takes numpy on the CPU and torch elsewhere.
+        exclude: levels, as in `levels`, that the generator must not hand out: those of an evaluation.
 
     `step` returns tensors on `device`: observation (N, ...), reward (N,) float32, terminated (N,) and truncated (N,)
     bool (a level solved in its last step is terminated, not truncated), and info. When episodes end, info holds
@@ -586,6 +603,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         render_mode: str | None = None,
         copy: bool = True,
         backend: str | None = None,
+        exclude: Any = None,
     ):
         self.height, self.width = height, width = _check_size(size)
         _check_observation(observation)
@@ -605,9 +623,10 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             _check_generator(height, width, num_boxes)
         else:
             levels = self._own(_pad_levels(levels, (height, width), "levels"))
+        exclude = None if exclude is None else self._own(_pad_levels(exclude, (height, width), "exclude"))
         self.num_envs, self.observation, self.render_mode, self.copy = num_envs, observation, render_mode, copy
         self.max_episode_steps = max_episode_steps or math.inf
-        self._pool = _Pool(xp, str(self.device), (height, width, num_boxes), levels, num_envs)
+        self._pool = _Pool(xp, str(self.device), (height, width, num_boxes), levels, num_envs, exclude)
 
         s = {"cells": 0, "tiny_rgb": 1, "rgb": 8}[observation]  # pixels of a cell's side
         frame = (s * height, s * width, 3) if s else (height, width)

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 
 import i2a
 from i2a import A, Args
-from sokoban_env import SokobanVectorEnv, convert_observation, generate_levels, load_levels, save_levels
+from sokoban_env import (
+    SokobanVectorEnv,
+    convert_observation,
+    exclude_levels,
+    generate_levels,
+    load_levels,
+    save_levels,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -485,6 +492,102 @@ def test_the_loop_bootstraps_from_the_true_last_frames(monkeypatch: pytest.Monke
     assert sum(checked) > 50
 
 
+def test_the_loop_reads_each_frame_with_its_own_rollouts(monkeypatch: pytest.MonkeyPatch):
+    """In acting, in the bootstrap of the next frames, and in that of an episode's own last one: row b * A + a of what
+    the agent reads begins with action a in the frame that it reads beside it."""
+    forward, seen = i2a.I2AAgent.forward, []
+
+    def watch(self: i2a.I2AAgent, frames: torch.Tensor, imagined: tuple) -> tuple:
+        seen.append((frames.clone(), imagined[0][0].clone()))
+        return forward(self, frames, imagined)
+
+    monkeypatch.setattr(i2a.I2AAgent, "forward", watch)
+    flags = ["--env-model", "perfect", "--max-episode-steps", "6", "--total-timesteps", "640"]
+    i2a.main(i2a.parse_args([*TINY, *flags]))
+    model = i2a.PerfectModel("cells", 5)
+    for frames, first in seen:
+        expected, _, _ = model.predict(frames.repeat_interleave(A, 0), torch.arange(A).repeat(len(frames)))
+        assert torch.equal(first, expected)
+    sizes = {len(frames) for frames, _ in seen}
+    assert len(sizes & {*range(1, 8)}) > 2  # truncated ones among them
+
+
+@pytest.mark.parametrize("agent", ["i2a", "model-free"])
+def test_the_update_weighs_its_losses_by_the_flags(agent: str, monkeypatch: pytest.MonkeyPatch):
+    leaves = [torch.ones((), requires_grad=True) for _ in range(4)]
+    advantages, clip, seen, clipped = i2a.generalized_advantages, torch.nn.utils.clip_grad_norm_, [], []
+    monkeypatch.setattr(i2a, "actor_critic_losses", lambda *_: leaves[:3])
+    monkeypatch.setattr(i2a, "distillation_loss", lambda *_: leaves[3])
+    monkeypatch.setattr(i2a, "generalized_advantages", lambda *a: seen.append(a[5:]) or advantages(*a))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: clipped.append(a[1]) or clip(*a))
+    flags = ["--gamma", "0.9", "--gae-lambda", "0.7", "--vf-coef", "0.3", "--ent-coef", "0.02", "--distill-coef", "0.6"]
+    flags += ["--env-model", "perfect", "--max-grad-norm", "0.123", "--total-timesteps", "32"]
+    i2a.main(i2a.parse_args([*TINY, *flags, "--agent", agent]))
+    policy, value, entropy, distillation = (leaf.grad for leaf in leaves)
+    assert (policy, value, entropy) == (1, pytest.approx(0.3), pytest.approx(-0.02))
+    assert distillation == (pytest.approx(0.6) if agent == "i2a" else None)
+    assert seen == [(0.9, 0.7)]
+    assert clipped == [0.123] * (1 + (agent == "i2a"))
+
+
+def test_the_rollout_policy_acts_in_imagination():
+    args = Args(**SMALL, env_model="perfect")
+    networks = i2a.make_networks(args, CPU)
+    networks["rollout_policy"].forward = lambda frames: torch.tensor([0.0, 0, 0, 0, 1e6]).expand(len(frames), A)
+    frames = boards(6, size=5, num_boxes=1)[:, None]
+    imagined, _, alive = i2a.imagination(args, networks, torch.Generator().manual_seed(1))(frames)
+    model = networks["env_model"]
+    for d in (1, 2):
+        expected = model.predict(imagined[d - 1][:, None], torch.full((6 * A,), 4))[0]
+        assert torch.equal(imagined[d][alive[d] > 0], expected[alive[d] > 0])
+
+
+def test_depth_metrics_compare_with_the_simulator():
+    frames = boards(20, size=5, num_boxes=1)[:, None]
+    shares = {}
+    for kind in ("perfect", "copy"):
+        args = Args(**SMALL, env_model=kind)
+        metrics = i2a.depth_metrics(args, i2a.make_networks(args, CPU), frames, 1)
+        shares[kind] = [metrics[f"model/exact_board_accuracy_depth_{d}"] for d in (1, 2, 3)]
+    assert shares["perfect"] == [1, 1, 1]
+    copied = (i2a.PerfectModel("cells", 5).predict(frames.repeat_interleave(A, 0), torch.arange(A).repeat(20))[0]
+              == frames[:, 0].repeat_interleave(A, 0)).flatten(1).all(1).float().mean()  # fmt: skip
+    assert 1 > shares["copy"][0] == pytest.approx(float(copied)) and shares["copy"][2] < shares["copy"][0]
+
+
+def test_finetuning_sees_no_reset(monkeypatch: pytest.MonkeyPatch):
+    loss, batches = i2a.model_loss, []
+    monkeypatch.setattr(i2a, "model_loss", lambda model, batch: batches.append(batch) or loss(model, batch))
+    i2a.main(i2a.parse_args([*TINY, "--finetune-model", "--max-episode-steps", "5", "--env-model", "poor"]))
+    fresh = [batch for batch in batches if len(batch["action"]) == 32]
+    assert len(fresh) > 20
+    model = i2a.PerfectModel("cells", 5)
+    for batch in fresh:
+        following, reward, end = model.predict(batch["frames"], batch["action"])
+        assert torch.equal(following, batch["next"]) and torch.equal(end, batch["end"])
+        assert torch.allclose(reward, batch["reward"])
+
+
+def test_what_is_held_out_is_held_out(monkeypatch: pytest.MonkeyPatch):
+    collect, make, seeds, drawn = i2a.collect_transitions, i2a.SokobanVectorEnv, [], []
+
+    class Watched(make):
+        def _place(self, rows: object, chosen: object, number: object) -> None:
+            drawn.append((self, torch.as_tensor(chosen).clone()))
+            super()._place(rows, chosen, number)
+
+    monkeypatch.setattr(i2a, "collect_transitions", lambda *a: seeds.append(a[3]) or collect(*a))
+    monkeypatch.setattr(i2a, "SokobanVectorEnv", Watched)
+    args = i2a.parse_args([*TINY, "--max-episode-steps", "2", "--eval-episodes", "300", "--seed", "3"])
+    i2a.main(args)
+    assert len(seeds) == len(set(seeds)) == 2  # the model's training and its judging
+    levels = i2a.held_out_levels(args)
+    training = torch.cat([chosen for env, chosen in drawn if env.num_envs == 8])
+    assert len(training) > 400 and exclude_levels(training, levels).all()
+    played = torch.cat([chosen for env, chosen in drawn if env.num_envs == 300])
+    assert torch.equal(played[:300], levels)
+
+
 def test_measuring_changes_nothing():
     for log_frequency in ("100", "1000"):
         i2a.main(i2a.parse_args([*TINY, "--log-frequency", log_frequency, "--exp-name", f"every{log_frequency}"]))
@@ -628,7 +731,7 @@ def test_evaluation_plays_each_level_once(moves: int, monkeypatch: pytest.Monkey
     )
     metrics, film = i2a.evaluate(args, networks, levels, CPU)
     assert metrics["eval/solved"] == moves
-    assert metrics["eval/mean_steps"] == 2 * moves
+    assert metrics.get("eval/mean_steps") == (2 if moves else None)
     if moves:
         assert metrics["eval/solved_low"] == pytest.approx(3 / (3 + 1.96**2))  # Wilson's interval at p = 1
         assert len(film) == 3 and not (film[-1] == 3).any()  # every box is on its target in the last picture
@@ -741,6 +844,27 @@ def test_a_signal_saves_and_says_how_to_go_on(number: int):
     assert process.returncode == 1
     assert f"--resume {only_run()}/checkpoint.pt" in message
     assert torch.load(only_run() / "checkpoint.pt")["global_step"] > 1000
+
+
+def test_a_run_goes_on_with_more_boxes_and_another_learning_rate(monkeypatch: pytest.MonkeyPatch):
+    flags = ["--size", "6", "--num-boxes", "2", "--env-model", "copy", "--total-timesteps", "640"]
+    i2a.main(i2a.parse_args([*TINY, *flags, "--num-boxes", "1"]))
+    path, drawn, made = str(only_run() / "checkpoint.pt"), [], []
+    assert torch.load(path)["processes"][0]["env"]["pool"]["boards"].eq(3).flatten(1).sum(1).max() == 1
+
+    class Watched(SokobanVectorEnv):
+        def _place(self, rows: object, chosen: object, number: object) -> None:
+            drawn.append((self.num_envs, torch.as_tensor(chosen).clone()))
+            super()._place(rows, chosen, number)
+
+    adam = torch.optim.Adam
+    monkeypatch.setattr(i2a, "SokobanVectorEnv", Watched)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *a, **k: made.append(adam(*a, **k)) or made[-1])
+    changes = ["--num-boxes", "2", "--learning-rate", "1e-4", "--total-timesteps", "1280"]
+    i2a.main(i2a.parse_args(["--resume", path, *changes]))
+    assert made[0].param_groups[0]["lr"] == 1e-4
+    after = [chosen for num, chosen in drawn if num == 8 and len(chosen) < 8]  # what followed on finished episodes
+    assert len(after) > 10 and all((chosen.eq(3) | chosen.eq(4)).flatten(1).sum(1).eq(2).all() for chosen in after)
 
 
 def test_a_signal_while_the_model_learns(monkeypatch: pytest.MonkeyPatch):
@@ -894,14 +1018,14 @@ def refused(*flags: str) -> str:
     [
         (["--imagination-depth", "0"], "imagination_depth must be at least 1"),
         (["--frame-stack", "5"], "frame_stack is 5"),
-        (["--num-envs", "0"], "num_envs is 0"),
-        (["--lstm", "1"], "lstm is 1"),
+        (["--num-envs", "0"], "--num-envs 0: must be 1 or more"),
+        (["--lstm", "1"], "--lstm 1: must be 2 or more"),
         (["--gamma", "2"], "gamma"),
         (["--learning-rate", "-1"], "learning rate"),
         (["--width-multiplier", "0"], "width_multiplier makes a width of 0"),
         (["--cnn-channels"], "channels"),
         (["--agent", "model-free", "--env-model-path", "x.pt"], "--env-model-path needs"),
-        (["--eval-levels", "nowhere.txt"], "nowhere.txt"),
+        (["--eval-levels", "nowhere.txt"], "can't read nowhere.txt: No such file"),
         (["--env-model-path", "nowhere.pt"], "nowhere.pt"),
         (["--rollout-policy", "pretrained"], "--pretrained-path"),
         (["--finetune-model", "--env-model", "perfect"], "--finetune-model needs"),
@@ -939,7 +1063,8 @@ def test_bad_checkpoints():
     assert "hollow.pt was made with other parts" in refused("--evaluate", "hollow.pt")
     assert "hollow.pt was made with other parts" in refused(*TINY, "--env-model-path", "hollow.pt")
     assert "other parts or sizes" in refused("--evaluate", str(good), "--dense", "17")
-    assert "other parts or sizes" in refused("--resume", str(good), "--size", "6")
+    changes = ["--size", "6", "--seed", "7", "--num-envs", "4", "--total-timesteps", "900", "--num-boxes", "2"]
+    assert refused("--resume", str(good), *changes).startswith(f"--num-envs, --seed, --size: {good} brings its own")
 
 
 def test_an_unwritable_run_folder():
@@ -947,17 +1072,22 @@ def test_an_unwritable_run_folder():
     assert "can't create runs" in refused(*TINY)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("what", ["value_loss", "gradient_norm"])
+def test_what_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint(what: str, monkeypatch: pytest.MonkeyPatch):
     losses, calls = i2a.actor_critic_losses, []
 
     def breaking(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         calls.append(1)
         policy_loss, value_loss, entropy = losses(*args)
-        return policy_loss, value_loss * (float("nan") if len(calls) == 25 else 1), entropy
+        if len(calls) == 25 and what == "value_loss":
+            value_loss = value_loss * float("nan")
+        if len(calls) == 25 and what == "gradient_norm":  # every loss is finite, and the weights are lost all the same
+            policy_loss.register_hook(lambda gradient: gradient * float("nan"))
+        return policy_loss, value_loss, entropy
 
     monkeypatch.setattr(i2a, "actor_critic_losses", breaking)
     message = refused(*TINY, "--agent", "model-free", "--checkpoint-minutes", "0", "--log-frequency", "160")
-    assert message.startswith("losses/value_loss is nan at step 800: ")
+    assert message.startswith(f"losses/{what} is nan at step 800: ")
     state = torch.load(only_run() / "checkpoint.pt")
     assert all(value.isfinite().all() for value in state["networks"].values())
     assert state["global_step"] == 640

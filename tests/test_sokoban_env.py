@@ -679,6 +679,29 @@ def test_two_environments_without_a_seed_differ():
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_excluded_levels_are_never_handed_out(backend: str, monkeypatch: pytest.MonkeyPatch):
+    held_out, _ = generate_levels(300, size=5, num_boxes=1, seed=1)
+
+    def seen(**kwargs) -> torch.Tensor:
+        env = SokobanVectorEnv(64, size=5, num_boxes=1, max_episode_steps=1, backend=backend, **kwargs)
+        boards = [env.reset(seed=7)[0]]
+        for _ in range(40):
+            boards.append(env.step(torch.zeros(64, dtype=torch.int64))[0])
+        return torch.cat(boards)
+
+    free, kept = seen(), seen(exclude=held_out)
+    assert not exclude_levels(free, held_out).all()  # there are so few that the same ones come again
+    assert exclude_levels(kept, held_out).all() and len(kept.unique(dim=0)) > 300
+
+    def only_those(xp, device, *args, **kwargs):
+        yield sokoban_env._copy_to(xp, held_out, device), None
+
+    monkeypatch.setattr(sokoban_env, "_generate", only_those)
+    with pytest.raises(ValueError, match="finds no 5x5 level with 1 boxes besides `exclude`"):
+        seen(exclude=held_out)
+
+
 def test_exclude_levels():
     levels, _ = generated(7, 7, 1, 400)
     mask = exclude_levels(levels, levels[100:150].numpy())
