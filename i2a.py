@@ -71,7 +71,7 @@ class Args:
     wandb_entity: str | None = None
     """the Weights and Biases team"""
     capture_video: bool = False
-    """write a GIF of evaluation episodes into the run folder"""
+    """write a GIF of evaluation episodes beside the agent"""
     save_model: bool = True
     """write agent.pt (weights only) at the end"""
 

@@ -1,28 +1,39 @@
 #!/usr/bin/env bash
 # The I2A study: the runs behind docs/i2a.md, then its tables and figures. Resumable: what is there is not run again.
-# About 7 hours of one CPU thread; JOBS=4 benchmark/i2a_study.sh runs four at a time.
+# About 12 hours of one CPU thread; JOBS=4 benchmark/i2a_study.sh runs four at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 run="python benchmark/i2a_runs.py --jobs ${JOBS:-2}"
 
-# 7x7 rooms with one box
-$run --task 7x7-1 --seeds 11 12 13 --variants i2a --total-timesteps 800000
-$run --task 7x7-1 --seeds 11 12 13 14 15 --variants model-free --total-timesteps 800000
+# 7x7 rooms with one box; with the paper's n-step returns (λ = 1) too
+$run --task 7x7-1 --seeds 11 12 13 14 15 --variants model-free --total-timesteps 2500000
+$run --task 7x7-1 --seeds 11 12 13 14 15 --variants i2a --total-timesteps 1500000
+$run --task 7x7-1 --seeds 11 12 13 --variants i2a-nstep model-free-nstep --total-timesteps 800000
+$run --task 7x7-1 --seeds 11 --variants copy-nstep --total-timesteps 800000
 
 # 8x8 rooms with two boxes. 1. I2A against model-free, one twice as wide, and the copy model (the paper's figure 4, left)
 task=8x8-2
 $run --task $task --seeds 11 --variants i2a model-free --total-timesteps 4000000
-$run --task $task --seeds 12 13 --variants i2a --total-timesteps 1000000
-$run --task $task --seeds 12 13 --variants model-free --total-timesteps 3000000
+$run --task $task --seeds 12 13 14 15 --variants i2a --total-timesteps 1000000
+$run --task $task --seeds 12 13 14 15 --variants model-free --total-timesteps 3000000
 $run --task $task --seeds 11 12 13 --variants wide --total-timesteps 1000000
-# 2. Depths (figure 4, right). 3. A poor model, no rewards (figure 5)
-$run --task $task --seeds 11 12 13 --variants copy depth-1 depth-5 poor no-reward --total-timesteps 400000
+# 2. Depths (figure 4, right). 3. A poor model, no rewards (figure 5); the perfect model, bfloat16
+$run --task $task --seeds 11 12 13 --variants copy depth-1 depth-5 poor no-reward perfect bf16 --total-timesteps 400000
 
 # Monte-Carlo search with the good, the poor and the perfect model. 4. Other numbers of boxes
 agents() { ls -d runs/Sokoban-${task}__study-"$1"__*/agent.pt; }
 python benchmark/i2a_evaluate.py search $(agents i2a) $(agents poor) --episodes 100
 python benchmark/i2a_evaluate.py boxes $(agents i2a) $(agents model-free) --most 4 --episodes 300
+
+# A first measure at full size: BOXOBAN is a copy of DeepMind's unfiltered validation levels
+if [ -n "${BOXOBAN:-}" ]; then
+  for agent in i2a model-free; do
+    python benchmark/i2a_full_size.py --agent $agent --eval-levels "$BOXOBAN" &
+  done
+  wait
+  python benchmark/plot.py --task 10x10-4
+fi
 
 python benchmark/plot.py --task 7x7-1 --at-frames 400000
 python benchmark/plot.py --task $task --at-frames 400000

@@ -99,3 +99,9 @@ def test_the_shipped_agents_are_those_of_the_pages():
         assert re.search(rf"checkpoints/{re.escape(path.name)}\).*?SHA-256 `{digest}`", text, re.DOTALL), path.name
         assert path.stat().st_size < 5e6
     assert len(agents) == 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_fill_in(page: pathlib.Path):
+    prose = re.sub(r"```.*?```|`[^`\n]+`|\]\([^)]*\)|\$[^$]*\$", "", page.read_text(), flags=re.DOTALL)
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b|\b(?:TODO|FIXME|XXX|TBD)\b", prose)
