@@ -455,17 +455,15 @@ class _Pool:
 
     def __init__(self, xp: Any, device: str, settings: tuple[int, int, int], levels: Any, num_envs: int, exclude: Any):
         self.xp, self.device, self.settings, self.num_envs = xp, device, settings, num_envs
-        number = np.random.default_rng(0).integers(
-            2**62, size=settings[0] * settings[1]
-        )  # a board's: by random weights
-        self.weights, self.barren = xp.asarray(number, device=device), 0
+        weights = np.random.default_rng(0).integers(2**62, size=settings[0] * settings[1])
+        self.weights, self.barren = xp.asarray(weights, device=device), 0
         self.excluded = None if exclude is None else self.numbers(exclude)
         self.endless = levels is None
         self.boards = xp.zeros((0, *settings[:2]), dtype=xp.uint8, device=device) if self.endless else levels
         self.restart(0)
 
     def numbers(self, boards: Any) -> Any:
-        """A number (L,) for each board, the same for the same board (modulo 2^64)."""
+        """A number (L,) for each board, the same for the same board: a sum with random weights, modulo 2^64."""
         return (self.xp.asarray(boards.reshape(len(boards), -1), dtype=self.xp.int64) * self.weights).sum(1)
 
     def restart(self, seed: int) -> None:
@@ -512,7 +510,7 @@ class _Pool:
             if self.excluded is not None:
                 fresh = fresh[~self.xp.isin(self.numbers(fresh), self.excluded)]
             self.barren = 0 if len(fresh) else self.barren + 1
-            if self.barren == 20:
+            if self.barren >= 20:
                 height, width, boxes = self.settings
                 raise ValueError(f"the generator finds no {height}x{width} level with {boxes} boxes besides `exclude`")
             start = max(0, self.head - 1024)  # some that were handed out stay, to be repeated if need be
