@@ -469,9 +469,7 @@ class PerfectModel(nn.Module):
             self.envs = SokobanVectorEnv(len(cells), levels=["#####\n#@$.#\n#####"], **settings)
         self.envs.set_state({"cells": cells})
         frame, reward, end, _, info = self.envs.step(action)
-        if "final_obs" in info:
-            frame[info["_final_obs"]] = info["final_obs"]
-        return frame, reward, end
+        return true_next_observation(frame, info), reward, end
 
 
 class RolloutPolicy(nn.Module):
@@ -546,6 +544,18 @@ class I2AAgent(nn.Module):
 def sample(logits: Tensor, noise: Tensor) -> Tensor:
     """Actions (B,) ~ softmax(logits), by `noise` (B, A) ~ Exp(1): the argmax of p / noise."""
     return (logits - noise.log()).argmax(-1)
+
+
+def true_next_observation(observation: Tensor, info: dict[str, Any]) -> Tensor:
+    """What a step led to, (B, ...): same-step autoreset puts the next episode's first observation into its place.
+
+    On a GPU, the sizes of the masks have come to the host with the environment's step, the loop's one wait for it.
+    """
+    if "final_obs" not in info:
+        return observation
+    observation = observation.clone()
+    observation[info["_final_obs"]] = info["final_obs"]
+    return observation
 
 
 @torch.no_grad()
@@ -646,9 +656,7 @@ def collect_transitions(
             seen = convert_observation(frames, "cells", args.observation)
             action = sample(torch.zeros_like(noise) if policy is None else policy(seen), noise)
             observation, reward, end, _, info = envs.step(action)
-            following = observation.reshape(stacked)[:, -1].clone()
-            if "final_obs" in info:
-                following[info["_final_obs"]] = info["final_obs"].reshape(-1, *stacked[1:])[:, -1]
+            following = true_next_observation(observation, info).reshape(stacked)[:, -1]
             parts.append((frames, following, action, reward, end))
     return dict(zip(TRANSITION, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
@@ -860,9 +868,7 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
         action = torch.zeros(len(levels), dtype=torch.int64, device=device)
         action[playing] = sample(logits, torch.empty_like(logits).exponential_(generator=rng))
         observation, _, _, _, info = envs.step(action)
-        last = observation.clone()  # each game's own last observation
-        if "final_obs" in info:
-            last[info["_final_obs"]] = info["final_obs"]
+        last = true_next_observation(observation, info)
         last = convert_observation(last if args.frame_stack == 1 else last[:, -1], args.observation, "cells")
         boards.append(boards[-1].clone())
         boards[-1][playing] = last[playing]
@@ -1074,17 +1080,13 @@ def main(args: Args) -> None:
                 logits, value = act(frames, imagined)
             action = sample(logits.detach(), torch.empty_like(logits).exponential_(generator=rng))
             observation, reward, terminated, truncated, info = envs.step(action)
-            next_frames = true_next = observation.reshape(stacked)
-            # Same-step autoreset: `observation` is the next episode's first. (On a GPU, what ended is known to the host
-            # from the environment's step, the one place that waits for the device, and its masks' sizes here.)
-            if "final_obs" in info:
-                true_next = next_frames.clone()
-                true_next[info["_final_obs"]] = info["final_obs"].reshape(stacked)
+            true_next = true_next_observation(observation, info).reshape(stacked)
+            if "final_info" in info:
                 final = info["final_info"]
                 episodes = (info["_final_info"], final["success"], final["episode"]["r"], final["episode"]["l"])
                 sums[:4] += torch.stack([x.sum() for x in episodes])
             steps.append((frames, action, reward, terminated, truncated, true_next, logits, value))
-            frames = next_frames
+            frames = observation.reshape(stacked)
             with autocast:
                 imagined = dream_on(frames) if dream else None
         batch, actions, rewards, terminated, truncated, true_next, logits, values = (
