@@ -551,7 +551,7 @@ def main(args: Args) -> dict[str, float]:
     boards = torch.stack([pad_boards(x, H, W) for x in observations])  # (n, N, H, W)
 
     sums, iterations = torch.zeros(5, device=device), 0
-    outcomes = torch.zeros(3, n, device=device)  # of each task: episodes, solved, returns
+    outcomes = torch.zeros(4, n, device=device)  # of each task: episodes, solved, returns, lengths
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", disable=not sys.stderr.isatty())
     first_step, first_time, saved_at = global_step, time.time(), time.time()
     stop: list[int] = []
@@ -571,7 +571,7 @@ def main(args: Args) -> dict[str, float]:
                 if "final_obs" in info:  # same-step autoreset: `observation` is the next episode's first
                     lasts.append((t, i, info["_final_obs"], pad_boards(info["final_obs"], H, W)))
                     final = info["final_info"]
-                    counted = (info["_final_info"], final["success"], final["episode"]["r"])
+                    counted = (info["_final_info"], final["success"], final["episode"]["r"], final["episode"]["l"])
                     outcomes[:, i] += torch.stack([x.sum() for x in counted])
             steps.append((boards, action, *map(torch.stack, zip(*results, strict=True))))
             boards = following
@@ -622,7 +622,7 @@ def main(args: Args) -> dict[str, float]:
             continue
         names = ("policy_loss", "value_loss", "entropy", "distillation", "kl_to_distilled")
         metrics = {f"losses/{k}": v for k, v in zip(names, (sums / iterations).tolist(), strict=True)}
-        episodes, solved, returned = outcomes.tolist()
+        episodes, solved, returned, lengths = outcomes.tolist()
         for i, task in enumerate(args.tasks):
             if episodes[i]:
                 metrics[f"charts/solved_{task}"] = solved[i] / episodes[i]
@@ -630,6 +630,7 @@ def main(args: Args) -> dict[str, float]:
         if shares:
             metrics["charts/solved"] = sum(shares) / len(shares)
             metrics["charts/episodic_return"] = sum(returned) / sum(episodes)
+            metrics["charts/episodic_length"] = sum(lengths) / sum(episodes)
         metrics["charts/SPS"] = (global_step - first_step) / (time.time() - first_time)
         if over:
             metrics |= evaluate_tasks(agent, args, H, W, device)

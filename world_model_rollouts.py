@@ -1005,6 +1005,7 @@ def main(args: Args) -> list[dict[str, Any]]:
                 data = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
                 global_step += num_steps
                 metrics["charts/episodic_return"] = (new["r"].sum() / new["first"].sum()).item()
+                metrics["charts/episodic_length"] = len(new["r"]) / new["first"].sum().item()
             if args.save_data:
                 save_data(args.save_data, data, args.env_id)
 
