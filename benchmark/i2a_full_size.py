@@ -7,9 +7,9 @@ half million frames. The model is learned on four boxes and serves all stages.
 benchmark/results/i2a/10x10-4_AGENT_SEED.csv grows with each part; a run that was cut off goes on from its checkpoint.
 """
 
+import csv
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ class Args:
     """who learns"""
     seed: int = 11
     """seed of the run"""
-    boxes: tuple[int, ...] = (1, 2, 4)
+    boxes: tuple[int, ...] = (1, 4)
     """boxes of each stage"""
-    until: tuple[int, ...] = (1_500_000, 3_500_000, 8_000_000)
+    until: tuple[int, ...] = (4_000_000, 8_000_000)
     """frames after which each stage ends"""
     part: int = 500_000
     """frames between evaluations"""
@@ -44,6 +44,21 @@ def latest(args: Args) -> pathlib.Path | None:
     """The checkpoint of this run, if there is one."""
     found = pathlib.Path("runs").glob(f"Sokoban-10x10-4__full-{args.agent}__{args.seed}__*/checkpoint.pt")
     return max(found, default=None, key=os.path.getmtime)
+
+
+def keep_rows(metrics: pathlib.Path, result: pathlib.Path) -> None:
+    """Copy a run's rows, and keep the evaluations of its earlier parts: a run that goes on begins at its checkpoint,
+    which is older than its last row."""
+    files = [[*csv.DictReader(path.open(newline=""))] if path.exists() else [] for path in (metrics, result)]
+    steps = {row["global_step"] for row in files[0] if row["eval/solved"]}
+    rows = files[0] + [row for row in files[1] if row["eval/solved"] and row["global_step"] not in steps]
+    rows.sort(key=lambda row: float(row["global_step"]))
+    temporary = result.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*dict.fromkeys(name for row in rows for name in row)])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, result)
 
 
 def main(args: Args) -> None:
@@ -65,9 +80,7 @@ def main(args: Args) -> None:
             [sys.executable, str(ROOT / "i2a.py"), *(flags if checkpoint else first)], env=environment, check=True
         )
         checkpoint = latest(args)
-        temporary = result.with_suffix(".tmp")
-        shutil.copy(checkpoint.with_name("metrics.csv"), temporary)
-        os.replace(temporary, result)
+        keep_rows(checkpoint.with_name("metrics.csv"), result)
 
 
 if __name__ == "__main__":

@@ -163,8 +163,8 @@ def tests(task: str) -> None:
 
 
 def full_size(paths: list[pathlib.Path]) -> None:
-    """Levels solved against frames in runs that are evaluated as they go, with each evaluation's own 95 % interval."""
-    figure, axis = plt.subplots(figsize=(6.5, 4), constrained_layout=True)
+    """Runs that are evaluated as they go: new levels of each stage, and the evaluations with their 95 % intervals."""
+    figure, (training, axis) = plt.subplots(1, 2, figsize=(9.5, 3.6), constrained_layout=True)
     for path in paths:
         rows = [row for row in read(path) if row.get("eval/solved")]
         frames, solved, low, high = (
@@ -177,7 +177,9 @@ def full_size(paths: list[pathlib.Path]) -> None:
         variant = path.stem.split("_")[1]
         (line,) = axis.plot(frames, solved, marker=".", label=NAMES.get(variant, variant))
         axis.fill_between(frames, low, high, alpha=0.2, color=line.get_color())
-    axis.set(xlabel="environment frames, the model's included", ylabel="Boxoban levels solved", ylim=(0, None))
+        training.plot(*curve(path)[:2], color=line.get_color())
+    training.set(xlabel="environment frames, the model's included", ylabel="new levels solved, as many boxes as then")
+    axis.set(xlabel="environment frames", ylabel="Boxoban levels solved (four boxes)", ylim=(0, None))
     axis.legend()
     figure.savefig(ROOT / "docs" / "i2a_full_size.png", dpi=90)
 
