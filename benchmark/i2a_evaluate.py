@@ -153,8 +153,10 @@ class Search:
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """agent.pt or checkpoint.pt of each I2A"""
-    env_models: tuple[Literal["own", "perfect", "copy"], ...] = ("own", "perfect")
-    """own: the agent's; perfect: the simulator"""
+    env_models: tuple[Literal["own", "perfect", "copy", "other"], ...] = ("own", "perfect")
+    """own: the agent's; perfect: the simulator; other: that of --model-path"""
+    model_path: str | None = None
+    """agent.pt or checkpoint.pt of another I2A, in whose model to search, a poor one's for instance"""
     rollouts: int = 10
     """rollouts of each action"""
     depth: int = 5
@@ -169,7 +171,9 @@ def search_with(path: str, env_model: str, flags: Search) -> dict[str, object]:
     args, networks = load(path, eval_episodes=flags.episodes)
     agent, rollout_policy = networks["agent"], getattr(networks, "rollout_policy", None)
     model = networks["env_model"]
-    if env_model != "own":
+    if env_model == "other":
+        model = load(flags.model_path)[1]["env_model"]
+    elif env_model != "own":
         kind = args.observation
         model = i2a.PerfectModel(kind, args.size) if env_model == "perfect" else i2a.CopyModel(kind, 1, 1)
     rng = torch.Generator().manual_seed(args.seed)
@@ -206,13 +210,15 @@ def search_with(path: str, env_model: str, flags: Search) -> dict[str, object]:
 
 
 def search(flags: Search) -> None:
+    if "other" in flags.env_models and not flags.model_path:
+        sys.exit("--env-models other needs --model-path, the file of the I2A in whose model to search")
     rows = []
     for path in flags.paths:
         args, networks = load(path, eval_episodes=flags.episodes)
         metrics, _ = i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)
         settings = {"search_model": "none: the agent itself", "rollouts": 0, "depth": 0, "levels": flags.episodes}
         row = variant_of(args) | settings
-        rows.append(row | {"imagined_steps_per_solved": metrics.pop("eval/imagined_steps_per_solved")} | metrics)
+        rows.append(row | {"imagined_steps_per_solved": metrics.pop("eval/imagined_steps_per_solved", "")} | metrics)
         rows += [search_with(path, env_model, flags) for env_model in flags.env_models]
         for row in rows[-1 - len(flags.env_models) :]:
             print(json.dumps(row), flush=True)

@@ -23,7 +23,9 @@ $run --task $task --seeds 11 12 13 --variants copy depth-1 depth-5 poor no-rewar
 
 # Monte-Carlo search with the good, the poor and the perfect model. 4. Other numbers of boxes
 agents() { ls -d runs/Sokoban-${task}__study-"$1"__*/agent.pt; }
-python benchmark/i2a_evaluate.py search $(agents i2a) $(agents poor) --episodes 100
+poor=$(agents poor | head -1)
+python benchmark/i2a_evaluate.py search $(agents i2a | head -1) "$poor" --episodes 100 \
+  --env-models own perfect other --model-path "$poor"
 python benchmark/i2a_evaluate.py boxes $(agents i2a) $(agents model-free) --most 4 --episodes 300
 
 # A first measure at full size: BOXOBAN is a copy of DeepMind's unfiltered validation levels
