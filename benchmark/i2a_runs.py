@@ -26,6 +26,7 @@ VARIANTS = {
     "depth-5": ["--imagination-depth", "5"],
     "depth-10": ["--imagination-depth", "10"],
     "poor": ["--env-model", "poor"],
+    "width-4": ["--model-width", "4"],
     "perfect": ["--env-model", "perfect"],
     "no-reward": ["--no-reward-prediction"],
     "bf16": ["--bf16"],
