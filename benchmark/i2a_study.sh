@@ -18,8 +18,10 @@ $run --task $task --seeds 11 --variants i2a model-free --total-timesteps 4000000
 $run --task $task --seeds 12 13 14 15 --variants i2a --total-timesteps 1000000
 $run --task $task --seeds 12 13 14 15 --variants model-free --total-timesteps 3000000
 $run --task $task --seeds 11 12 13 --variants wide --total-timesteps 1000000
-# 2. Depths (figure 4, right). 3. A poor model, no rewards (figure 5); the perfect model, bfloat16
-$run --task $task --seeds 11 12 13 --variants copy depth-1 depth-5 poor no-reward perfect bf16 --total-timesteps 400000
+# 2. Depths (figure 4, right). 3. A poor and a middling model, no rewards (figure 5); the perfect model, bfloat16
+$run --task $task --seeds 11 12 13 --variants copy depth-1 depth-5 poor no-reward perfect --total-timesteps 400000
+$run --task $task --seeds 11 12 --variants bf16 --total-timesteps 400000
+$run --task $task --seeds 11 --variants width-4 --total-timesteps 400000
 
 # Monte-Carlo search with the good, the poor and the perfect model. 4. Other numbers of boxes
 agents() { ls -d runs/Sokoban-${task}__study-"$1"__*/agent.pt; }

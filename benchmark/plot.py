@@ -33,10 +33,16 @@ STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365,
 PANELS = {
     "I2A and its baselines": ("i2a", "model-free", "wide", "copy"),
     "imagination depth": ("depth-1", "i2a", "depth-5", "depth-10"),
-    "what it imagines": ("i2a", "perfect", "poor", "no-reward"),
+    "what it imagines": ("i2a", "perfect", "width-4", "poor", "no-reward"),
     "n-step returns (λ = 1)": ("i2a-nstep", "model-free-nstep", "copy-nstep"),
 }
-NAMES = {"i2a": "I2A, depth 3", "wide": "model-free, twice as wide", "copy": "copy model", "no-reward": "no rewards"}
+NAMES = {
+    "i2a": "I2A, depth 3",
+    "wide": "model-free, twice as wide",
+    "copy": "copy model",
+    "no-reward": "no rewards",
+    "width-4": "middling model",
+}
 
 
 @dataclass
