@@ -211,9 +211,10 @@ def main(args: Args) -> None:
 
     panels = {title: variants for title, variants in PANELS.items() if len(set(variants) & set(runs)) > 1}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), constrained_layout=True, sharey=True)
+    top = min(1.0, 1.1 * max(solved.max() for by_seed in runs.values() for _, solved, _ in by_seed.values()))
     for axis, (title, variants) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         draw(axis, runs, variants)
-        axis.set(xlabel="environment frames, the model's included", ylim=(0, 1), title=title)
+        axis.set(xlabel="environment frames, the model's included", ylim=(0, top), title=title)
         axis.legend(loc="upper left", fontsize=8)
     np.atleast_1d(axes)[0].set_ylabel(f"new levels solved, {args.task}")
     figure.savefig(ROOT / "docs" / f"i2a_curves_{args.task}.png", dpi=80)

@@ -72,6 +72,7 @@ PROGRAMS = {
     "benchmark/i2a_evaluate.py picture": ("--depth 2", "docs/i2a_imagined.png"),
     "benchmark/i2a_evaluate.py film": ("", "docs/i2a_film.gif"),
     "benchmark/level_statistics.py": ("--num-levels 50", "benchmark/results/level_statistics.csv"),
+    "benchmark/plot.py --task 10x10-4": ("", "docs/i2a_full_size.png"),
     "benchmark/plot.py": ("", "benchmark/results/i2a_frames_8x8-2.csv docs/i2a_curves_8x8-2.png"),
     "benchmark/world_model_runs.py": (
         "--report-only",
