@@ -349,7 +349,7 @@ def test_an_evaluation_moves_no_walls(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_script_is_refused(tmp_path):
     path = tmp_path / "agent.pt"
     torch.save({"args": {"size": 7}}, path)
-    with pytest.raises(SystemExit, match=r"agent\.pt is of another script or version: the flags .*alpha"):
+    with pytest.raises(SystemExit, match=r"agent\.pt is of another script or version of it .*alpha"):
         main(Args(evaluate=str(path)))
 
 
