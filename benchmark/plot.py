@@ -215,7 +215,8 @@ def main(args: Args) -> None:
     for axis, (title, variants) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         draw(axis, runs, variants)
         axis.set(xlabel="environment frames, the model's included", ylim=(0, top), title=title)
-        axis.legend(loc="upper left", fontsize=8)
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(6, 6))
+        axis.legend(fontsize=8)
     np.atleast_1d(axes)[0].set_ylabel(f"new levels solved, {args.task}")
     figure.savefig(ROOT / "docs" / f"i2a_curves_{args.task}.png", dpi=80)
 
