@@ -834,7 +834,7 @@ def read_levels(path: str, size: int) -> Tensor:
 
 
 def held_out_levels(args: Args) -> Tensor:
-    """The levels (L, H, W) of an evaluation, which training never plays: of `--eval-levels`, or of a seed's own."""
+    """The levels (L, H, W) of an evaluation: of `--eval-levels`, or the generator's, which training then leaves out."""
     if args.eval_levels:
         return read_levels(args.eval_levels, args.size)[: args.eval_episodes]
     try:
