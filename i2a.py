@@ -156,7 +156,7 @@ class Args:
     """units of the rollout encoder's LSTM"""
 
     compile: bool = False
-    """torch.compile imagination and networks"""
+    """torch.compile imagination, networks and update"""
     bf16: bool = False
     """bfloat16 autocast"""
     checkpoint_minutes: float = 3.0
@@ -994,12 +994,15 @@ def main(args: Args) -> None:
         sys.exit(str(e))
     stacked = (-1, args.frame_stack, *observation.shape[-2 if args.observation == "cells" else -3 :])
     agent, dream = networks["agent"], imagination(args, networks, rng)
-    act, dream_on = (torch.compile(agent), dream and torch.compile(dream)) if args.compile else (agent, dream)
     distils = args.agent == "i2a" and args.rollout_policy == "distilled"
     groups = [list(networks[name].parameters()) for name in ("agent", "rollout_policy")[: 1 + distils]]
     parameters = [p for group in groups for p in group]
     optimizer_class = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.optimizer]
     optimizer = optimizer_class(parameters, args.learning_rate, eps=1e-5)
+    compiled = torch.compile if args.compile else lambda function: function
+    act, dream_on, pi_hat = compiled(agent), dream and compiled(dream), distils and compiled(networks["rollout_policy"])
+    advantages_of, losses_of = compiled(generalized_advantages), compiled(actor_critic_losses)
+    apply_gradients = compiled(optimizer.step)
     model_optimizer = torch.optim.Adam(networks["env_model"].parameters(), 1e-4) if args.finetune_model else None
     global_step, imagined, minutes, started = 0, None, 0.0, time.time()
     has_model = args.agent == "model-free" or args.env_model in ("perfect", "copy")
@@ -1102,23 +1105,23 @@ def main(args: Args) -> None:
                 next_values[t, b] = agent(last, dream(last) if dream else None)[1]
 
         # 3. One update of the agent and of π̂
-        advantages = generalized_advantages(
+        advantages = advantages_of(
             args.reward_scale * rewards, values.detach(), next_values, terminated, terminated | truncated, args.gamma,
             args.gae_lambda,
         )  # fmt: skip
-        policy_loss, value_loss, entropy = actor_critic_losses(logits, values, actions, advantages)
+        policy_loss, value_loss, entropy = losses_of(logits, values, actions, advantages)
         loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
         distill_loss = torch.zeros((), device=device)
         if distils:
             with autocast:
-                rollout_logits = networks["rollout_policy"](batch.flatten(0, 1)).float()
+                rollout_logits = pi_hat(batch.flatten(0, 1)).float()
             distill_loss = distillation_loss(logits.flatten(0, 1), rollout_logits, args.kl_direction)
         optimizer.zero_grad(set_to_none=True)
         (loss + args.distill_coef * distill_loss).backward()
         average_gradients(parameters)
         # Each by itself: the gradient of π̂ does not scale the agent's
         norms = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
-        optimizer.step()
+        apply_gradients()
         losses = [policy_loss, value_loss, entropy, distill_loss, torch.stack(norms).norm()]
         sums[4:9] += torch.stack(losses).detach()
         iterations += 1

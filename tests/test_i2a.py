@@ -672,14 +672,15 @@ def test_a_compiled_network_computes_the_same():
 
 
 def test_a_compiled_run_is_the_same_run(monkeypatch: pytest.MonkeyPatch):
-    """The whole loop, traced as --compile traces it; without the compiler, whose arithmetic differs in the last bit."""
+    """The whole loop, traced as --compile traces it, without the compiler. A traced Adam rounds its step otherwise."""
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for name, flags in (("plain", []), ("traced", ["--compile"])):
         i2a.main(i2a.parse_args([*TINY, *flags, "--exp-name", name]))
     plain, traced = (torch.load(next(pathlib.Path("runs").glob(f"*__{n}__*/agent.pt"))) for n in ("plain", "traced"))
-    assert all(torch.equal(value, traced["networks"][name]) for name, value in plain["networks"].items())
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # imagination and agent
+    for name, value in plain["networks"].items():
+        torch.testing.assert_close(value, traced["networks"][name], atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 6  # one each, the optimiser's step too
 
 
 def test_everything_stays_on_its_device():
