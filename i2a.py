@@ -611,12 +611,8 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 # ------------------------------------------------------------------------------------ the environment model's training
 
 
-def near_rewards(levels: Tensor, solutions: list[str], rng: np.random.Generator, most: int = 8) -> Tensor:
-    """Boards (L, H, W) that are 1 to `most` moves from a box on its target: each level's solution, played up to there.
-
-    Every other level stops before its end, the rest before any of their boxes' arrivals.
-    """
-    back = rng.integers(1, most + 1, len(levels))
+def play_solutions(levels: Tensor, solutions: list[str]) -> tuple[Tensor, Tensor]:
+    """Boards (S + 1, L, H, W) and rewards (S, L) while the levels' solutions are played; another level follows each."""
     actions = torch.zeros(max(map(len, solutions)), len(levels), dtype=torch.int64)  # 0: no-op
     for i, solution in enumerate(solutions):
         actions[: len(solution), i] = torch.tensor(["udlr".index(move) + 1 for move in solution.lower()])
@@ -626,11 +622,19 @@ def near_rewards(levels: Tensor, solutions: list[str], rng: np.random.Generator,
         board, reward, *_ = env.step(action)
         boards.append(board)
         rewards.append(reward)
-    arrivals = [
-        np.flatnonzero(row[: len(s)] > 0) + 1 for row, s in zip(torch.stack(rewards, 1), solutions, strict=True)
-    ]
+    return torch.stack(boards), torch.stack(rewards)
+
+
+def near_rewards(levels: Tensor, solutions: list[str], rng: np.random.Generator, most: int = 8) -> Tensor:
+    """Boards (L, H, W) that are 1 to `most` moves from a box on its target: each level's solution, played up to there.
+
+    Every other level stops before its end, the rest before any of their boxes' arrivals.
+    """
+    back = rng.integers(1, most + 1, len(levels))
+    boards, rewards = play_solutions(levels, solutions)
+    arrivals = [np.flatnonzero(row[: len(s)] > 0) + 1 for row, s in zip(rewards.T, solutions, strict=True)]
     cut = [x[-1 if i % 2 else rng.integers(len(x))] for i, x in enumerate(arrivals)]
-    return torch.stack(boards)[np.maximum(0, cut - back), np.arange(len(levels))]
+    return boards[np.maximum(0, cut - back), np.arange(len(levels))]
 
 
 def collect_transitions(

@@ -3,6 +3,7 @@
 python benchmark/i2a_evaluate.py boxes agent.pt other_agent.pt
 python benchmark/i2a_evaluate.py search agent.pt --env-models own perfect
 python benchmark/i2a_evaluate.py lesions agent.pt
+python benchmark/i2a_evaluate.py near agent.pt other_agent.pt
 python benchmark/i2a_evaluate.py picture agent.pt --output docs/i2a_imagined.png
 python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7.pt --output docs/i2a_film.gif
 """
@@ -143,6 +144,44 @@ def boxes(flags: Boxes) -> None:
             rows.append(variant_of(args) | {"boxes": num_boxes, "levels": flags.episodes} | metrics)
             print(json.dumps(rows[-1]), flush=True)
     write_rows(rows, "i2a_boxes.csv")
+
+
+@dataclass
+class Near:
+    """How near a win must be for an agent to find it: boards k moves before the end of a held-out level's generated
+    solution, with 2 k steps to play. With chance beside the agents: benchmark/results/i2a_near.csv."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """agent.pt or checkpoint.pt of each agent"""
+    moves: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+    """k"""
+    episodes: int = 1000
+    """held-out levels; those whose solution is shorter than the largest k are left out"""
+
+
+def near(flags: Near) -> None:
+    rows = []
+
+    def measure(args: i2a.Args, networks: torch.nn.ModuleDict, who: dict[str, object]) -> None:
+        settings = {"size": args.size, "num_boxes": args.num_boxes, "seed": i2a.EVAL_SEED}
+        levels, solutions = i2a.generate_levels(flags.episodes, **settings)
+        boards, _ = i2a.play_solutions(levels, solutions)
+        long = [i for i, solution in enumerate(solutions) if len(solution) >= max(flags.moves)]
+        for k in flags.moves:
+            starts = torch.stack([boards[len(solutions[i]) - k, i] for i in long])
+            metrics, _ = i2a.evaluate(replace(args, max_episode_steps=2 * k), networks, starts, CPU)
+            rows.append(who | {"moves": k, "levels": len(long)} | metrics)
+        shares = " ".join(f"{row['moves']}:{row['eval/solved']:.3f}" for row in rows[-len(flags.moves) :])
+        print(who, shares, flush=True)
+
+    for path in flags.paths:
+        args, networks = load(path)
+        measure(args, networks, variant_of(args) | {"frames": i2a.load_checkpoint(path, CPU)["global_step"]})
+    args = replace(args, agent="model-free")
+    networks = i2a.make_networks(args, CPU)
+    torch.nn.init.zeros_(networks["agent"].actor.weight)
+    measure(args, networks, variant_of(args) | {"variant": "random", "frames": 0})
+    write_rows(rows, "i2a_near.csv")
 
 
 @dataclass
@@ -368,10 +407,9 @@ def film(flags: Film) -> None:
 
 
 if __name__ == "__main__":
-    command = tyro.extras.subcommand_cli_from_dict({
-        "random": Random, "lesions": Lesions, "boxes": Boxes, "search": Search, "picture": Picture,
-        "film": Film,
-    })  # fmt: skip
-    {
-        Random: random_play, Lesions: lesions, Boxes: boxes, Search: search, Picture: picture, Film: film,
-    }[type(command)](command)  # fmt: skip
+    commands = {
+        "random": (Random, random_play), "lesions": (Lesions, lesions), "boxes": (Boxes, boxes), "near": (Near, near),
+        "search": (Search, search), "picture": (Picture, picture), "film": (Film, film),
+    }  # fmt: skip
+    command = tyro.extras.subcommand_cli_from_dict({name: flags for name, (flags, _) in commands.items()})
+    dict(commands.values())[type(command)](command)
