@@ -1,7 +1,7 @@
 """What a trained agent can do beside its task: other numbers of boxes, Monte-Carlo search, pictures; and chance.
 
 python benchmark/i2a_evaluate.py boxes agent.pt other_agent.pt
-python benchmark/i2a_evaluate.py search agent.pt --env-models own perfect
+python benchmark/i2a_evaluate.py search agent.pt --env-models own perfect other --model-paths poor_agent.pt
 python benchmark/i2a_evaluate.py lesions agent.pt
 python benchmark/i2a_evaluate.py near agent.pt other_agent.pt
 python benchmark/i2a_evaluate.py picture agent.pt --output docs/i2a_imagined.png
@@ -9,6 +9,7 @@ python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7.pt --output docs/i2a_f
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -193,9 +194,9 @@ class Search:
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """agent.pt or checkpoint.pt of each I2A"""
     env_models: tuple[Literal["own", "perfect", "copy", "other"], ...] = ("own", "perfect")
-    """own: the agent's; perfect: the simulator; other: that of --model-path"""
-    model_path: str | None = None
-    """agent.pt or checkpoint.pt of another I2A, in whose model to search, a poor one's for instance"""
+    """own: the agent's; perfect: the simulator; other: that of --model-paths"""
+    model_paths: tuple[str, ...] = ()
+    """for each agent, the agent.pt or checkpoint.pt of another I2A in whose model to search, for instance a poor one"""
     rollouts: int = 10
     """rollouts of each action"""
     depth: int = 5
@@ -205,13 +206,13 @@ class Search:
 
 
 @torch.no_grad()
-def search_with(path: str, env_model: str, flags: Search) -> dict[str, object]:
-    """A row of the table: the agent of `path`, searching in `env_model`."""
+def search_with(path: str, env_model: str, other: str, flags: Search) -> dict[str, object]:
+    """A row of the table: the agent of `path`, searching in `env_model`; `other` is the file of an other one."""
     args, networks = load(path, eval_episodes=flags.episodes)
     agent, rollout_policy = networks["agent"], getattr(networks, "rollout_policy", None)
     model = networks["env_model"]
     if env_model == "other":
-        model = load(flags.model_path)[1]["env_model"]
+        model = load(other)[1]["env_model"]
     elif env_model != "own":
         kind = args.observation
         model = i2a.PerfectModel(kind, args.size) if env_model == "perfect" else i2a.CopyModel(kind, 1, 1)
@@ -249,16 +250,16 @@ def search_with(path: str, env_model: str, flags: Search) -> dict[str, object]:
 
 
 def search(flags: Search) -> None:
-    if "other" in flags.env_models and not flags.model_path:
-        sys.exit("--env-models other needs --model-path, the file of the I2A in whose model to search")
+    if "other" in flags.env_models and len(flags.model_paths) != len(flags.paths):
+        sys.exit("--env-models other needs --model-paths, for each agent the file of the I2A in whose model to search")
     rows = []
-    for path in flags.paths:
+    for path, other in itertools.zip_longest(flags.paths, flags.model_paths):
         args, networks = load(path, eval_episodes=flags.episodes)
         metrics, _ = i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)
         settings = {"search_model": "none: the agent itself", "rollouts": 0, "depth": 0, "levels": flags.episodes}
         row = variant_of(args) | settings
         rows.append(row | {"imagined_steps_per_solved": metrics.pop("eval/imagined_steps_per_solved", "")} | metrics)
-        rows += [search_with(path, env_model, flags) for env_model in flags.env_models]
+        rows += [search_with(path, env_model, other, flags) for env_model in flags.env_models]
         for row in rows[-1 - len(flags.env_models) :]:
             print(json.dumps(row), flush=True)
     write_rows(rows, "i2a_search.csv")

@@ -4,11 +4,11 @@
 
 For each size and number of boxes a model is pretrained with i2a.py's defaults, then tested on transitions of levels of
 another seed: random play from fresh levels, and random play from points along the solutions, where boxes already stand
-on targets. With --agent-path also on the states that this trained agent visits (of its own size).
+on targets. With --agent-paths also on the states that these trained agents visit, each on boards of its own size.
 """
 
-import copy
 import csv
+import itertools
 import os
 import pathlib
 import sys
@@ -36,8 +36,10 @@ class Args:
     """seeds of data and training"""
     test_frames: int = 40_000
     """transitions of each test set"""
-    agent_path: str | None = None
-    """an agent.pt whose own states are tested too"""
+    model_frames: tuple[int, ...] = (20_000, 40_000)
+    """transitions that a model learns from"""
+    agent_paths: tuple[str, ...] = ()
+    """agent.pt files whose own states are tested too"""
 
 
 def transitions(envs: SokobanVectorEnv, observation: torch.Tensor, num: int, act: object) -> dict[str, torch.Tensor]:
@@ -55,7 +57,7 @@ def transitions(envs: SokobanVectorEnv, observation: torch.Tensor, num: int, act
     return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def test_sets(size: int, boxes: int, num: int, agent_path: str | None) -> dict[str, dict[str, torch.Tensor]]:
+def test_sets(size: int, boxes: int, num: int, agent_paths: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
     rng, generator = np.random.default_rng(5), torch.Generator().manual_seed(5)
     settings = {"size": size, "num_boxes": boxes}
 
@@ -68,16 +70,17 @@ def test_sets(size: int, boxes: int, num: int, agent_path: str | None) -> dict[s
     along = i2a.near_rewards(levels, solutions, rng, most=60)
     envs = SokobanVectorEnv(64, size=size, levels=along, max_episode_steps=8)
     sets["along solutions"] = transitions(envs, envs.reset(seed=77_779)[0], num, random_play)
-    if agent_path and torch.load(agent_path, weights_only=True)["args"]["size"] == size:
-        state = torch.load(agent_path, weights_only=True)
+    for state in (i2a.load_checkpoint(path, CPU) for path in agent_paths):
+        if state["args"]["size"] != size:
+            continue
         args = i2a.Args(**state["args"])
         networks = i2a.make_networks(args, CPU)
         networks.load_state_dict(state["networks"])
         dream = i2a.imagination(args, networks, generator)
 
         @torch.no_grad()
-        def play(frames: torch.Tensor) -> torch.Tensor:
-            logits, _ = networks["agent"](frames, dream(frames) if dream else None)
+        def play(frames: torch.Tensor, agent: i2a.I2AAgent = networks["agent"], dream: object = dream) -> torch.Tensor:
+            logits, _ = agent(frames, dream(frames) if dream else None)
             return i2a.sample(logits, torch.empty_like(logits).exponential_(generator=generator))
 
         envs = SokobanVectorEnv(64, **settings, max_episode_steps=args.max_episode_steps)
@@ -99,33 +102,33 @@ def write_rows(rows: list[dict], name: str) -> list[str]:
 
 def main(args: Args) -> None:
     rows = []
-    for task in args.tasks:
+    for task, frames in itertools.product(args.tasks, args.model_frames):
         size, boxes = int(task.split("x")[0]), int(task.split("-")[1])
-        sets = test_sets(size, boxes, args.test_frames, args.agent_path)
+        sets = test_sets(size, boxes, args.test_frames, args.agent_paths)
         for seed in args.seeds:
             settings = replace(i2a.Args(), size=size, num_boxes=boxes, seed=seed, imagination_depth=5)
             i2a.seed_everything(seed, True)
             rng, start = torch.Generator().manual_seed(seed), time.time()
             networks = torch.nn.ModuleDict({"env_model": i2a.EnvModel("cells", 1, settings.model_width)})
             with mock.patch.object(i2a, "Logger") as logger:
-                tenth = settings.model_frames // 10
-                data = i2a.collect_transitions(settings, None, settings.model_frames - tenth, seed, CPU)
-                held_out = i2a.collect_transitions(settings, None, tenth, i2a.EVAL_SEED // 2 + seed, CPU)
+                data = i2a.collect_transitions(settings, None, frames - frames // 10, seed, CPU)
+                held_out = i2a.collect_transitions(settings, None, frames // 10, i2a.EVAL_SEED // 2 + seed, CPU)
                 i2a.pretrain_model(networks["env_model"], data, held_out, settings, rng, logger, [])
             seconds = time.time() - start
             for name, data in sets.items():
                 metrics = i2a.model_metrics(networks["env_model"], data)
                 starts = data["frames"][torch.randperm(len(data["frames"]), generator=rng)[:2000]]
                 metrics |= i2a.depth_metrics(settings, networks, starts, seed)
-                row = {"task": task, "seed": seed, "states": name, "model_frames": settings.model_frames}
+                row = {"task": task, "model_frames": frames, "states": name, "seed": seed}
                 rows.append(row | {"seconds": round(seconds, 1)} | {k[6:]: round(v, 5) for k, v in metrics.items()})
                 print(rows[-1], flush=True)
     columns = write_rows(rows, "i2a_model.csv")
-    for task in args.tasks:
-        for name in dict.fromkeys(row["states"] for row in rows if row["task"] == task):
-            chosen = [copy.copy(row) for row in rows if row["task"] == task and row["states"] == name]
-            means = {k: np.mean([row[k] for row in chosen]) for k in columns[5:] if all(k in row for row in chosen)}
-            print(task, name, ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+    groups = {tuple(row.values())[:3]: [] for row in rows}
+    for row in rows:
+        groups[tuple(row.values())[:3]].append(row)
+    for group, chosen in groups.items():
+        means = {k: np.mean([row[k] for row in chosen]) for k in columns[5:] if all(k in row for row in chosen)}
+        print(*group, ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
 
 
 if __name__ == "__main__":

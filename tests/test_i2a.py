@@ -951,7 +951,7 @@ def test_monte_carlo_search_takes_the_win_that_a_perfect_model_shows(monkeypatch
     flags = ["--env-model", "perfect", "--total-timesteps", "64", "--eval-levels", "near.txt"]
     i2a.main(i2a.parse_args([*TINY, *flags]))  # two updates: its value and its policy know nothing
     settings = i2a_evaluate.Search((), rollouts=20, depth=2, episodes=4)
-    rows = {m: i2a_evaluate.search_with(str(only_run() / "agent.pt"), m, settings) for m in ("perfect", "copy")}
+    rows = {m: i2a_evaluate.search_with(str(only_run() / "agent.pt"), m, "", settings) for m in ("perfect", "copy")}
     assert (rows["perfect"]["eval/solved"], rows["perfect"]["eval/mean_steps"]) == (1, 1)
     # for each action 20 rollouts of 2 steps, and for the value of each one's last frame A rollouts of 3 steps
     assert rows["perfect"]["imagined_steps_per_solved"] == 20 * A * (2 + A * 3)
