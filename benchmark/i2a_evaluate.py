@@ -70,12 +70,27 @@ def random_play(flags: Random) -> None:
     write_rows(rows, "i2a_random.csv")
 
 
+def variant_of(args: i2a.Args) -> dict[str, object]:
+    """What tells an agent apart in the tables."""
+    names = {"learned": "i2a", "poor": "poor", "perfect": "perfect", "copy": "copy"}
+    variant = "model-free" if args.agent == "model-free" else names[args.env_model]
+    if args.agent == "i2a" and args.imagination_depth != 3:
+        variant = f"depth-{args.imagination_depth}"
+    task = f"{args.size}x{args.size}-{args.num_boxes}"
+    return {"task": task, "variant": variant, "seed": args.seed}
+
+
+def frames_of(path: str) -> dict[str, object]:
+    """How long an agent was trained."""
+    return {"frames": i2a.load_checkpoint(path, CPU)["global_step"]}
+
+
 @dataclass
 class Lesions:
-    """What is left of a trained agent without one of its parts: benchmark/results/i2a_lesions.csv."""
+    """What is left of trained agents without one of their parts: benchmark/results/i2a_lesions.csv."""
 
-    path: Annotated[str, tyro.conf.Positional]
-    """agent.pt or checkpoint.pt of an i2a agent"""
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """agent.pt or checkpoint.pt of each i2a agent"""
     episodes: int = 1000
     """held-out levels"""
 
@@ -86,14 +101,22 @@ def silence(module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
 
 
 def lesions(flags: Lesions) -> None:
-    args, networks = load(flags.path, eval_episodes=flags.episodes)
+    rows: list[dict[str, object]] = []
+    for path in flags.paths:
+        rows += lesions_of(path, flags.episodes)
+    write_rows(rows, "i2a_lesions.csv")
+
+
+def lesions_of(path: str, episodes: int) -> list[dict[str, object]]:
+    args, networks = load(path, eval_episodes=episodes)
     agent, env_model, rollout_policy = networks["agent"], networks["env_model"], networks["rollout_policy"]
+    who = variant_of(args) | frames_of(path)
     rows = []
 
     def measure(name: str, **changes: object) -> None:
         metrics, _ = i2a.evaluate(replace(args, **changes), networks, i2a.held_out_levels(args), CPU)
-        rows.append({"agent": flags.path, "lesion": name, "levels": flags.episodes} | metrics)
-        print(f"{name}: {metrics['eval/solved']:.3f}", flush=True)
+        rows.append(who | {"lesion": name, "levels": episodes} | metrics)
+        print(f"{path}, {name}: {metrics['eval/solved']:.3f}", flush=True)
 
     measure("none")
     for depth in (1, 2, 5):
@@ -110,17 +133,7 @@ def lesions(flags: Lesions) -> None:
     handle.remove()
     agent.encoder.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
     measure("no embeddings")
-    write_rows(rows, "i2a_lesions.csv")
-
-
-def variant_of(args: i2a.Args) -> dict[str, object]:
-    """What tells an agent apart in the tables."""
-    names = {"learned": "i2a", "poor": "poor", "perfect": "perfect", "copy": "copy"}
-    variant = "model-free" if args.agent == "model-free" else names[args.env_model]
-    if args.agent == "i2a" and args.imagination_depth != 3:
-        variant = f"depth-{args.imagination_depth}"
-    task = f"{args.size}x{args.size}-{args.num_boxes}"
-    return {"task": task, "variant": variant, "seed": args.seed}
+    return rows
 
 
 @dataclass
@@ -142,7 +155,7 @@ def boxes(flags: Boxes) -> None:
         for num_boxes in range(1, min(flags.most, args.size // 2) + 1):
             levels = i2a.held_out_levels(replace(args, num_boxes=num_boxes))
             metrics, _ = i2a.evaluate(args, networks, levels, CPU)
-            rows.append(variant_of(args) | {"boxes": num_boxes, "levels": flags.episodes} | metrics)
+            rows.append(variant_of(args) | frames_of(path) | {"boxes": num_boxes, "levels": flags.episodes} | metrics)
             print(json.dumps(rows[-1]), flush=True)
     write_rows(rows, "i2a_boxes.csv")
 
@@ -177,7 +190,7 @@ def near(flags: Near) -> None:
 
     for path in flags.paths:
         args, networks = load(path)
-        measure(args, networks, variant_of(args) | {"frames": i2a.load_checkpoint(path, CPU)["global_step"]})
+        measure(args, networks, variant_of(args) | frames_of(path))
     args = replace(args, agent="model-free")
     networks = i2a.make_networks(args, CPU)
     torch.nn.init.zeros_(networks["agent"].actor.weight)
@@ -246,7 +259,9 @@ def search_with(path: str, env_model: str, other: str, flags: Search) -> dict[st
     metrics, _ = i2a.evaluate(replace(args, agent="model-free"), searching, i2a.held_out_levels(args), CPU)
     solved = max(1, round(metrics["eval/solved"] * flags.episodes))
     settings = {"search_model": env_model, "rollouts": flags.rollouts, "depth": flags.depth, "levels": flags.episodes}
-    return variant_of(args) | settings | {"imagined_steps_per_solved": imagined_steps / solved} | metrics
+    return (
+        variant_of(args) | frames_of(path) | settings | {"imagined_steps_per_solved": imagined_steps / solved} | metrics
+    )
 
 
 def search(flags: Search) -> None:
@@ -257,7 +272,7 @@ def search(flags: Search) -> None:
         args, networks = load(path, eval_episodes=flags.episodes)
         metrics, _ = i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)
         settings = {"search_model": "none: the agent itself", "rollouts": 0, "depth": 0, "levels": flags.episodes}
-        row = variant_of(args) | settings
+        row = variant_of(args) | frames_of(path) | settings
         rows.append(row | {"imagined_steps_per_solved": metrics.pop("eval/imagined_steps_per_solved", "")} | metrics)
         rows += [search_with(path, env_model, other, flags) for env_model in flags.env_models]
         for row in rows[-1 - len(flags.env_models) :]:

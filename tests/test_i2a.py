@@ -958,6 +958,20 @@ def test_monte_carlo_search_takes_the_win_that_a_perfect_model_shows(monkeypatch
     assert rows["copy"]["eval/mean_steps"] != 1
 
 
+def test_chance_one_move_before_a_win(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    import i2a_evaluate
+
+    i2a.main(i2a.parse_args([*TINY, "--agent", "model-free", "--total-timesteps", "64"]))
+    rows = []
+    monkeypatch.setattr(i2a_evaluate, "write_rows", lambda written, _: rows.extend(written))
+    i2a_evaluate.near(i2a_evaluate.Near((str(only_run() / "agent.pt"),), moves=(1, 3), episodes=400))
+    chance = {row["moves"]: row["eval/solved"] for row in rows if row["variant"] == "random"}
+    # 1/5 at once; else, if the board is still the same (a no-op or a blocked move: 1 to 4 of 5), 1/5 again
+    assert 0.24 - 0.06 < chance[1] < 0.36 + 0.06
+    assert chance[3] < chance[1] / 2
+
+
 def test_tracking_without_a_login_says_what_to_do():
     keys = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED")
     environment = {k: v for k, v in os.environ.items() if k not in keys} | {"HOME": os.getcwd()}
