@@ -38,6 +38,8 @@ class Args:
     """transitions of each test set"""
     model_frames: tuple[int, ...] = (20_000, 40_000)
     """transitions that a model learns from"""
+    model_steps: tuple[int, ...] = (3000, 6000)
+    """for each of these numbers, the most optimiser steps of the training"""
     agent_paths: tuple[str, ...] = ()
     """agent.pt files whose own states are tested too"""
 
@@ -102,11 +104,13 @@ def write_rows(rows: list[dict], name: str) -> list[str]:
 
 def main(args: Args) -> None:
     rows = []
-    for task, frames in itertools.product(args.tasks, args.model_frames):
+    budgets = list(zip(args.model_frames, args.model_steps, strict=True))
+    for task, (frames, steps) in itertools.product(args.tasks, budgets):
         size, boxes = int(task.split("x")[0]), int(task.split("-")[1])
         sets = test_sets(size, boxes, args.test_frames, args.agent_paths)
         for seed in args.seeds:
-            settings = replace(i2a.Args(), size=size, num_boxes=boxes, seed=seed, imagination_depth=5)
+            settings = {"size": size, "num_boxes": boxes, "seed": seed, "model_steps": steps}
+            settings = replace(i2a.Args(), **settings, imagination_depth=5)
             i2a.seed_everything(seed, True)
             rng, start = torch.Generator().manual_seed(seed), time.time()
             networks = torch.nn.ModuleDict({"env_model": i2a.EnvModel("cells", 1, settings.model_width)})
@@ -119,15 +123,21 @@ def main(args: Args) -> None:
                 metrics = i2a.model_metrics(networks["env_model"], data)
                 starts = data["frames"][torch.randperm(len(data["frames"]), generator=rng)[:2000]]
                 metrics |= i2a.depth_metrics(settings, networks, starts, seed)
-                row = {"task": task, "model_frames": frames, "states": name, "seed": seed}
+                row = {
+                    "task": task,
+                    "model_frames": frames,
+                    "model_steps": steps,
+                    "states": name,
+                    "seed": seed,
+                }
                 rows.append(row | {"seconds": round(seconds, 1)} | {k[6:]: round(v, 5) for k, v in metrics.items()})
                 print(rows[-1], flush=True)
     columns = write_rows(rows, "i2a_model.csv")
-    groups = {tuple(row.values())[:3]: [] for row in rows}
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups[tuple(row.values())[:3]].append(row)
+        groups.setdefault(tuple(row.values())[:4], []).append(row)
     for group, chosen in groups.items():
-        means = {k: np.mean([row[k] for row in chosen]) for k in columns[5:] if all(k in row for row in chosen)}
+        means = {k: np.mean([row[k] for row in chosen]) for k in columns[6:] if all(k in row for row in chosen)}
         print(*group, ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
 
 
