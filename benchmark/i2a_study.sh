@@ -36,13 +36,14 @@ for seed in 12 14; do
   ls runs/Sokoban-${task}__model-free-2000000__${seed}__*/agent.pt 2> /dev/null || python i2a.py --size 8 --num-boxes 2 \
     --agent model-free --seed $seed --total-timesteps 2000000 --exp-name model-free-2000000
 done
-agents() { for seed in 11 12 14; do ls runs/Sokoban-${task}__"$1"__${seed}__*/agent.pt; done; }
+agents() { for seed in "${@:2}"; do ls runs/Sokoban-${task}__"$1"__${seed}__*/agent.pt; done; }
+imaginers=$(agents study-i2a 11 12 14)
 model_free=$(ls runs/Sokoban-${task}__{study-model-free__11,model-free-2000000__12,model-free-2000000__14}__*/agent.pt)
 evaluate="python benchmark/i2a_evaluate.py"
-$evaluate search $(agents study-i2a) --episodes 100 --env-models own perfect other --model-paths $(agents study-poor)
-$evaluate boxes $(agents study-i2a) $model_free --most 4 --episodes 500
-$evaluate near $(agents study-i2a) $model_free
-$evaluate lesions checkpoints/i2a_7x7.pt $(agents study-i2a)
+$evaluate search $imaginers --episodes 100 --env-models own perfect other --model-paths $(agents study-poor 11 12 14)
+$evaluate boxes $imaginers $model_free --most 4 --episodes 500
+$evaluate near $imaginers $model_free
+$evaluate lesions checkpoints/i2a_7x7.pt $imaginers $(agents study-i2a 15)
 
 # A first measure at full size: BOXOBAN is a copy of DeepMind's unfiltered validation levels
 if [ -n "${BOXOBAN:-}" ]; then

@@ -93,7 +93,7 @@ NOT_RUN = {
     "python benchmark/env_speed.py --peer-pythons GYM_SOKOBAN_PYTHON JUMANJI_PYTHON --peer-seconds 20 --seconds 0.3": (
         "needs interpreters with gym-sokoban and Jumanji; measures for minutes"
     ),
-    "python benchmark/i2a_model.py --seeds 11 12 --test-frames 20000 --agent-path runs/NAME/agent.pt": (
+    "python benchmark/i2a_model.py --agent-paths runs/NAME/agent.pt": (
         "trains each model for half a minute, at the defaults of i2a.py"
     ),
     "python benchmark/i2a_throughput.py --frames 8000": "measures for minutes, six runs of i2a.py",
