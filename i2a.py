@@ -156,7 +156,7 @@ class Args:
     """units of the rollout encoder's LSTM"""
 
     compile: bool = False
-    """torch.compile imagination, networks and update"""
+    """torch.compile imagination, networks, returns, losses and the optimiser's step"""
     bf16: bool = False
     """bfloat16 autocast"""
     checkpoint_minutes: float = 3.0

@@ -1,4 +1,5 @@
-"""What a trained agent can do beside its task: other numbers of boxes, Monte-Carlo search, pictures; and chance.
+"""What trained agents can do beside their task: other numbers of boxes, Monte-Carlo search; how far from a win they
+find it, what they live on; pictures; and chance.
 
 python benchmark/i2a_evaluate.py boxes agent.pt other_agent.pt
 python benchmark/i2a_evaluate.py search agent.pt --env-models own perfect other --model-paths poor_agent.pt
@@ -74,8 +75,15 @@ def variant_of(args: i2a.Args) -> dict[str, object]:
     """What tells an agent apart in the tables."""
     names = {"learned": "i2a", "poor": "poor", "perfect": "perfect", "copy": "copy"}
     variant = "model-free" if args.agent == "model-free" else names[args.env_model]
-    if args.agent == "i2a" and args.imagination_depth != 3:
-        variant = f"depth-{args.imagination_depth}"
+    for differs, name in (
+        (args.agent == "i2a" and args.imagination_depth != 3, f"depth-{args.imagination_depth}"),
+        (args.agent == "i2a" and args.model_width != 16, f"width-{args.model_width}"),
+        (args.agent == "i2a" and not args.reward_prediction, "no-reward"),
+        (args.width_multiplier != 1, f"width x {args.width_multiplier:g}"),
+        (args.bf16, "bf16"),
+        (args.gae_lambda == 1, "nstep"),
+    ):
+        variant += f" {name}" if differs else ""
     task = f"{args.size}x{args.size}-{args.num_boxes}"
     return {"task": task, "variant": variant, "seed": args.seed}
 
@@ -102,6 +110,9 @@ def silence(module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
 
 def lesions(flags: Lesions) -> None:
     rows: list[dict[str, object]] = []
+    for path in flags.paths:
+        if "rollout_policy" not in load(path)[1]:
+            sys.exit(f"{path} is no i2a agent with a rollout policy: nothing to take out")
     for path in flags.paths:
         rows += lesions_of(path, flags.episodes)
     write_rows(rows, "i2a_lesions.csv")
@@ -162,8 +173,8 @@ def boxes(flags: Boxes) -> None:
 
 @dataclass
 class Near:
-    """How near a win must be for an agent to find it: boards k moves before the end of a held-out level's generated
-    solution, with 2 k steps to play. With chance beside the agents: benchmark/results/i2a_near.csv."""
+    """How far from a win agents find it: boards k moves before the end of a held-out level's generated solution (so at
+    most k moves from the win), with 2 k steps to play. With chance beside them: benchmark/results/i2a_near.csv."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]
     """agent.pt or checkpoint.pt of each agent"""
@@ -188,13 +199,15 @@ def near(flags: Near) -> None:
         shares = " ".join(f"{row['moves']}:{row['eval/solved']:.3f}" for row in rows[-len(flags.moves) :])
         print(who, shares, flush=True)
 
+    tasks = {}
     for path in flags.paths:
         args, networks = load(path)
         measure(args, networks, variant_of(args) | frames_of(path))
-    args = replace(args, agent="model-free")
-    networks = i2a.make_networks(args, CPU)
-    torch.nn.init.zeros_(networks["agent"].actor.weight)
-    measure(args, networks, variant_of(args) | {"variant": "random", "frames": 0})
+        tasks[args.size, args.num_boxes] = replace(args, agent="model-free")
+    for args in tasks.values():
+        networks = i2a.make_networks(args, CPU)
+        torch.nn.init.zeros_(networks["agent"].actor.weight)
+        measure(args, networks, variant_of(args) | {"variant": "random", "seed": "", "frames": 0})
     write_rows(rows, "i2a_near.csv")
 
 
@@ -219,7 +232,7 @@ class Search:
 
 
 @torch.no_grad()
-def search_with(path: str, env_model: str, other: str, flags: Search) -> dict[str, object]:
+def search_with(path: str, env_model: str, other: str | None, flags: Search) -> dict[str, object]:
     """A row of the table: the agent of `path`, searching in `env_model`; `other` is the file of an other one."""
     args, networks = load(path, eval_episodes=flags.episodes)
     agent, rollout_policy = networks["agent"], getattr(networks, "rollout_policy", None)
@@ -265,10 +278,12 @@ def search_with(path: str, env_model: str, other: str, flags: Search) -> dict[st
 
 
 def search(flags: Search) -> None:
-    if "other" in flags.env_models and len(flags.model_paths) != len(flags.paths):
-        sys.exit("--env-models other needs --model-paths, for each agent the file of the I2A in whose model to search")
+    if len(flags.model_paths) != len(flags.paths) * ("other" in flags.env_models):
+        sys.exit(
+            "--env-models other goes with --model-paths: for each agent, the file of the I2A in whose model to search"
+        )
     rows = []
-    for path, other in itertools.zip_longest(flags.paths, flags.model_paths):
+    for path, other in itertools.zip_longest(flags.paths, flags.model_paths):  # equally many, or none of the latter
         args, networks = load(path, eval_episodes=flags.episodes)
         metrics, _ = i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)
         settings = {"search_model": "none: the agent itself", "rollouts": 0, "depth": 0, "levels": flags.episodes}

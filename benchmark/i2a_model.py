@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmark/i2a_model.py
 
-For each size and number of boxes a model is pretrained with i2a.py's defaults, then tested on transitions of levels of
-another seed: random play from fresh levels, and random play from points along the solutions, where boxes already stand
-on targets. With --agent-paths also on the states that these trained agents visit, each on boards of its own size.
+For each size, number of boxes and budget a model is pretrained as i2a.py does it, then tested on transitions of levels
+of another seed: random play from fresh levels, and random play from points along the solutions, where boxes already
+stand on targets. With --agent-paths also on the states that these trained agents visit, each on boards of its own size.
 """
 
 import csv
@@ -35,13 +35,13 @@ class Args:
     seeds: tuple[int, ...] = (11, 12, 13)
     """seeds of data and training"""
     test_frames: int = 40_000
-    """transitions of each test set"""
+    """transitions of each test set, half as many of an agent's own"""
     model_frames: tuple[int, ...] = (20_000, 40_000)
     """transitions that a model learns from"""
     model_steps: tuple[int, ...] = (3000, 6000)
     """for each of these numbers, the most optimiser steps of the training"""
     agent_paths: tuple[str, ...] = ()
-    """agent.pt files whose own states are tested too"""
+    """agent.pt files whose own states are tested too, one of each size"""
 
 
 def transitions(envs: SokobanVectorEnv, observation: torch.Tensor, num: int, act: object) -> dict[str, torch.Tensor]:
@@ -75,6 +75,8 @@ def test_sets(size: int, boxes: int, num: int, agent_paths: tuple[str, ...]) -> 
     for state in (i2a.load_checkpoint(path, CPU) for path in agent_paths):
         if state["args"]["size"] != size:
             continue
+        if "the agent's own" in sets:
+            sys.exit(f"--agent-paths has two agents of size {size}: give one")
         args = i2a.Args(**state["args"])
         networks = i2a.make_networks(args, CPU)
         networks.load_state_dict(state["networks"])
@@ -104,11 +106,13 @@ def write_rows(rows: list[dict], name: str) -> list[str]:
 
 def main(args: Args) -> None:
     rows = []
-    budgets = list(zip(args.model_frames, args.model_steps, strict=True))
-    for task, (frames, steps) in itertools.product(args.tasks, budgets):
+    if len(args.model_frames) != len(args.model_steps):
+        sys.exit("--model-frames and --model-steps must be as many")
+    for task in args.tasks:
         size, boxes = int(task.split("x")[0]), int(task.split("-")[1])
         sets = test_sets(size, boxes, args.test_frames, args.agent_paths)
-        for seed in args.seeds:
+        budgets = zip(args.model_frames, args.model_steps, strict=True)
+        for (frames, steps), seed in itertools.product(budgets, args.seeds):
             settings = {"size": size, "num_boxes": boxes, "seed": seed, "model_steps": steps}
             settings = replace(i2a.Args(), **settings, imagination_depth=5)
             i2a.seed_everything(seed, True)

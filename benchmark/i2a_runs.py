@@ -2,9 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmark/i2a_runs.py --jobs 2 --seeds 11 12 13 14 15
 
-A finished run is not run again, and one that was cut off goes on from its checkpoint.
+A finished run whose agent is still under runs/ is not run again, unless it was shorter; one that was cut off goes on
+from its checkpoint. A fresh clone has results, but no agents: there each run starts anew.
 """
 
+import csv
 import os
 import pathlib
 import shutil
@@ -52,12 +54,15 @@ class Args:
 
 def train(args: Args, variant: str, seed: int) -> None:
     result = RESULTS / f"{args.task}_{variant}_{seed}.csv"
-    if result.exists():
-        return
+    folders = f"Sokoban-{args.task}__study-{variant}__{seed}__*"
+    if result.exists() and any(pathlib.Path("runs").glob(f"{folders}/agent.pt")):
+        with result.open(newline="") as file:
+            if int(list(csv.DictReader(file))[-1]["global_step"]) >= args.total_timesteps:
+                return
     size, boxes = args.task.split("x")[0], args.task.split("-")[1]
     flags = ["--size", size, "--num-boxes", boxes, "--seed", str(seed), "--exp-name", f"study-{variant}"]
     flags += VARIANTS[variant]
-    earlier = sorted(pathlib.Path("runs").glob(f"Sokoban-{args.task}__study-{variant}__{seed}__*/checkpoint.pt"))
+    earlier = sorted(pathlib.Path("runs").glob(f"{folders}/checkpoint.pt"))
     command = [sys.executable, str(ROOT / "i2a.py"), *(["--resume", str(earlier[-1])] if earlier else flags)]
     command += ["--total-timesteps", str(args.total_timesteps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -65,9 +70,7 @@ def train(args: Args, variant: str, seed: int) -> None:
     log.parent.mkdir(exist_ok=True)
     with log.open("a") as file:
         subprocess.run(command, env=environment, stdout=file, stderr=file, check=True)
-    (folder,) = (
-        path.parent for path in pathlib.Path("runs").glob(f"*-{args.task}__study-{variant}__{seed}__*/agent.pt")
-    )
+    (folder,) = (path.parent for path in pathlib.Path("runs").glob(f"{folders}/agent.pt"))
     RESULTS.mkdir(parents=True, exist_ok=True)
     temporary = result.with_suffix(".tmp")
     shutil.copy(folder / "metrics.csv", temporary)

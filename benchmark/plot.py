@@ -107,7 +107,8 @@ def thresholds(runs: dict[str, dict[int, tuple]], at_frames: int) -> list[dict[s
                     "median_frames": float(np.median([*own.values()])),
                     "frames": " ".join(f"{n:.0f}" for n in own.values()), "ratio": "", "ratio_low": "",
                     "ratio_high": "", "pairs": "", "at_frames": at_frames, "solved": round(float(np.mean(at)), 4),
-                    "solved_interval": round(interval(at), 4), "last_frame": last,
+                    "solved_interval": round(interval(at), 4), "ends": " ".join(map(str, ends.values())),
+                    "last_frame": last, "held_out_seeds": len(held_out),
                     "held_out_solved": round(float(np.mean(held_out)), 4),
                     "held_out_interval": round(interval(held_out), 4),
                 }  # fmt: skip
@@ -130,7 +131,7 @@ def thresholds(runs: dict[str, dict[int, tuple]], at_frames: int) -> list[dict[s
 
 
 def draw(axis: Any, runs: dict[str, dict[int, tuple]], variants: tuple[str, ...]) -> None:
-    """Mean and 95 % interval over seeds, as far as all of them go."""
+    """Mean and 95 % interval over seeds, as far as all of them go; then those that go on, one by one."""
     for variant in (v for v in variants if v in runs):
         by_seed = runs[variant]
         last = min(frames[-1] for frames, _, _ in by_seed.values())
@@ -141,6 +142,8 @@ def draw(axis: Any, runs: dict[str, dict[int, tuple]], variants: tuple[str, ...]
         if len(curves) > 1:
             half = STUDENT[len(curves) - 1] * curves.std(0, ddof=1) / math.sqrt(len(curves))
             axis.fill_between(grid, curves.mean(0) - half, curves.mean(0) + half, alpha=0.2, color=line.get_color())
+        for frames, solved, _ in by_seed.values():
+            axis.plot(frames[frames > last], solved[frames > last], color=line.get_color(), alpha=0.5, linewidth=0.8)
 
 
 def tests(task: str) -> None:
@@ -148,6 +151,8 @@ def tests(task: str) -> None:
     for name, key in (("boxes", "boxes"), ("search", "search_model")):
         path = RESULTS / f"i2a_{name}.csv"
         rows = [row for row in read(path) if row["task"] == task] if path.exists() else []
+        for row in rows:  # agents after as many frames
+            row["variant"] += f", {float(row['frames']) / 1e6:.1f} M frames" if row.get("frames") else ""
         figure, axis = plt.subplots(figsize=(5.5, 4), constrained_layout=True)
         for variant in dict.fromkeys(row["variant"] for row in rows):
             points = []

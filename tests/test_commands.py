@@ -73,7 +73,7 @@ PROGRAMS = {
     "benchmark/i2a_evaluate.py film": ("", "docs/i2a_film.gif"),
     "benchmark/level_statistics.py": ("--num-levels 50", "benchmark/results/level_statistics.csv"),
     "benchmark/plot.py --task 10x10-4": ("", "docs/i2a_full_size.png"),
-    "benchmark/plot.py": ("", "benchmark/results/i2a_frames_8x8-2.csv docs/i2a_curves_8x8-2.png"),
+    "benchmark/plot.py": ("", "benchmark/results/i2a_frames_7x7-2.csv docs/i2a_curves_7x7-2.png"),
     "benchmark/world_model_runs.py": (
         "--report-only",
         "benchmark/results/world_model_summary.csv docs/world_model_curves.png docs/world_model_limits.png",
@@ -94,7 +94,7 @@ NOT_RUN = {
         "needs interpreters with gym-sokoban and Jumanji; measures for minutes"
     ),
     "python benchmark/i2a_model.py --agent-paths runs/NAME/agent.pt": (
-        "trains each model for half a minute, at the defaults of i2a.py"
+        "trains each of 18 models for half a minute and more"
     ),
     "python benchmark/i2a_throughput.py --frames 8000": "measures for minutes, six runs of i2a.py",
 }
