@@ -41,11 +41,12 @@ imaginers=$(agents study-i2a 11 12 14)
 searchers=$(agents study-i2a 11 12 15)
 poor=$(agents study-poor 11 12 12)
 model_free=$(ls runs/Sokoban-${task}__{study-model-free__11,model-free-2000000__12,model-free-2000000__14}__*/agent.pt)
+lesioned=$(agents study-i2a 15 11)
 evaluate="python benchmark/i2a_evaluate.py"
 $evaluate search $searchers --episodes 100 --env-models own perfect other --model-paths $poor
 $evaluate boxes $imaginers $model_free --most 4 --episodes 500
 $evaluate near $imaginers $model_free
-$evaluate lesions checkpoints/i2a_7x7.pt $searchers
+$evaluate lesions checkpoints/i2a_7x7.pt $lesioned
 
 # A first measure at full size: BOXOBAN is a copy of DeepMind's unfiltered validation levels
 if [ -n "${BOXOBAN:-}" ]; then
