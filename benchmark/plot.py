@@ -130,8 +130,8 @@ def thresholds(runs: dict[str, dict[int, tuple]], at_frames: int) -> list[dict[s
     return rows
 
 
-def draw(axis: Any, runs: dict[str, dict[int, tuple]], variants: tuple[str, ...]) -> None:
-    """Mean and 95 % interval over seeds, as far as all of them go; then those that go on, one by one."""
+def draw(axis: Any, runs: dict[str, dict[int, tuple]], variants: tuple[str, ...], go_on: bool) -> None:
+    """Mean and 95 % interval over seeds, as far as all of them go; with `go_on`, then the longer ones one by one."""
     for variant in (v for v in variants if v in runs):
         by_seed = runs[variant]
         last = min(frames[-1] for frames, _, _ in by_seed.values())
@@ -142,7 +142,7 @@ def draw(axis: Any, runs: dict[str, dict[int, tuple]], variants: tuple[str, ...]
         if len(curves) > 1:
             half = STUDENT[len(curves) - 1] * curves.std(0, ddof=1) / math.sqrt(len(curves))
             axis.fill_between(grid, curves.mean(0) - half, curves.mean(0) + half, alpha=0.2, color=line.get_color())
-        for frames, solved, _ in by_seed.values():
+        for frames, solved, _ in by_seed.values() if go_on else ():
             axis.plot(frames[frames > last], solved[frames > last], color=line.get_color(), alpha=0.5, linewidth=0.8)
 
 
@@ -216,9 +216,9 @@ def main(args: Args) -> None:
 
     panels = {title: variants for title, variants in PANELS.items() if len(set(variants) & set(runs)) > 1}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), constrained_layout=True, sharey=True)
-    top = min(1.0, 1.1 * max(solved.max() for by_seed in runs.values() for _, solved, _ in by_seed.values()))
+    top = min(1.0, 1.25 * max(solved.max() for by_seed in runs.values() for _, solved, _ in by_seed.values()))
     for axis, (title, variants) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        draw(axis, runs, variants)
+        draw(axis, runs, variants, go_on="model-free" in variants)
         axis.set(xlabel="environment frames, the model's included", ylim=(0, top), title=title)
         axis.ticklabel_format(axis="x", style="sci", scilimits=(6, 6))
         axis.legend(fontsize=8)
