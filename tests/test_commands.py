@@ -69,6 +69,7 @@ PROGRAMS = {
     ),
     "benchmark/i2a_evaluate.py random": ("--tasks 6x6-1 --episodes 8", "benchmark/results/i2a_random.csv"),
     "benchmark/i2a_evaluate.py lesions": ("--episodes 4", "benchmark/results/i2a_lesions.csv"),
+    "benchmark/i2a_evaluate.py near": ("--moves 1 2 --episodes 16", "benchmark/results/i2a_near.csv"),
     "benchmark/i2a_evaluate.py picture": ("--depth 2", "docs/i2a_imagined.png"),
     "benchmark/i2a_evaluate.py film": ("", "docs/i2a_film.gif"),
     "benchmark/level_statistics.py": ("--num-levels 50", "benchmark/results/level_statistics.csv"),
