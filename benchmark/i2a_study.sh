@@ -16,7 +16,7 @@ $run --task 7x7-1 --seeds 11 --variants copy-nstep --total-timesteps 800000
 $run --task 7x7-2 --seeds 11 12 13 14 15 --variants model-free --total-timesteps 3000000
 $run --task 7x7-2 --seeds 11 12 13 14 --variants i2a --total-timesteps 2000000
 $run --task 7x7-2 --seeds 15 --variants i2a --total-timesteps 2400000
-$run --task 7x7-2 --seeds 11 12 13 --variants copy --total-timesteps 400000
+$run --task 7x7-2 --seeds 11 12 13 14 15 --variants copy --total-timesteps 400000
 
 # 8x8 rooms with two boxes. 1. I2A against model-free, one twice as wide, and the copy model (the paper's figure 4, left)
 task=8x8-2
@@ -26,7 +26,8 @@ $run --task $task --seeds 13 15 --variants i2a --total-timesteps 1000000
 $run --task $task --seeds 12 13 14 15 --variants model-free --total-timesteps 3000000
 $run --task $task --seeds 11 12 13 --variants wide --total-timesteps 1000000
 # 2. Depths (figure 4, right). 3. A poor and a middling model, no rewards (figure 5); the perfect model, bfloat16
-$run --task $task --seeds 11 12 13 --variants copy depth-1 depth-5 poor no-reward perfect --total-timesteps 400000
+$run --task $task --seeds 11 12 13 14 15 --variants copy --total-timesteps 400000
+$run --task $task --seeds 11 12 13 --variants depth-1 depth-5 poor no-reward perfect --total-timesteps 400000
 $run --task $task --seeds 11 12 --variants bf16 --total-timesteps 400000
 $run --task $task --seeds 11 --variants width-4 --total-timesteps 400000
 
