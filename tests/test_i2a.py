@@ -29,6 +29,7 @@ from sokoban_env import (
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
+torch.set_num_threads(1)  # as in the processes that tests start: results differ in the last bit otherwise
 KINDS = ["cells", "tiny_rgb", "rgb"]
 SMALL = {
     "size": 5,
