@@ -73,8 +73,7 @@ def random_play(flags: Random) -> None:
 
 def variant_of(args: i2a.Args) -> dict[str, object]:
     """What tells an agent apart in the tables."""
-    names = {"learned": "i2a", "poor": "poor", "perfect": "perfect", "copy": "copy"}
-    variant = "model-free" if args.agent == "model-free" else names[args.env_model]
+    variant = args.agent if args.agent == "model-free" or args.env_model == "learned" else args.env_model
     for differs, name in (
         (args.agent == "i2a" and args.imagination_depth != 3, f"depth-{args.imagination_depth}"),
         (args.agent == "i2a" and args.model_width != 16, f"width-{args.model_width}"),
