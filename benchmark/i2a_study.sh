@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The I2A study: the runs behind docs/i2a.md, then its tables and figures. Runs are resumable, and what is
-# under runs/ is not run again. About 13 hours of one CPU thread, more with the full size; JOBS=4 benchmark/i2a_study.sh runs four at a time.
+# The I2A study: the runs behind docs/i2a.md, then its tables and figures. Runs are resumable, and what is under runs/ is
+# not run again. About 13 hours of one CPU thread, more with the full size; JOBS=4 benchmark/i2a_study.sh runs four at
+# a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -13,7 +14,8 @@ $run --task 7x7-1 --seeds 11 12 13 --variants i2a-nstep model-free-nstep --total
 $run --task 7x7-1 --seeds 11 --variants copy-nstep --total-timesteps 800000
 
 # 7x7 rooms with two boxes
-$run --task 7x7-2 --seeds 11 12 13 14 15 --variants model-free --total-timesteps 3000000
+$run --task 7x7-2 --seeds 11 12 14 15 --variants model-free --total-timesteps 3000000
+$run --task 7x7-2 --seeds 13 --variants model-free --total-timesteps 3600000
 $run --task 7x7-2 --seeds 11 12 13 14 --variants i2a --total-timesteps 2000000
 $run --task 7x7-2 --seeds 15 --variants i2a --total-timesteps 2400000
 $run --task 7x7-2 --seeds 11 12 13 14 15 --variants copy --total-timesteps 400000
@@ -41,13 +43,14 @@ agents() { for seed in "${@:2}"; do ls runs/Sokoban-${task}__"$1"__${seed}__*/ag
 imaginers=$(agents study-i2a 11 12 14)
 searchers=$(agents study-i2a 11 12 15)
 poor=$(agents study-poor 11 12 12)
-model_free=$(ls runs/Sokoban-${task}__{study-model-free__11,model-free-2000000__12,model-free-2000000__14}__*/agent.pt)
-lesioned=$(agents study-i2a 15 11)
+model_free=$(agents model-free-2000000 12 14)
+longest=$(agents study-model-free 11)
+early=$(agents study-i2a 15)
 evaluate="python benchmark/i2a_evaluate.py"
 $evaluate search $searchers --episodes 100 --env-models own perfect other --model-paths $poor
-$evaluate boxes $imaginers $model_free --most 4 --episodes 500
-$evaluate near $imaginers $model_free
-$evaluate lesions checkpoints/i2a_7x7.pt $lesioned
+$evaluate boxes $imaginers $longest $model_free --most 4 --episodes 300
+$evaluate near $early $imaginers $model_free --episodes 600
+$evaluate lesions checkpoints/i2a_7x7.pt $early checkpoints/i2a_8x8_2boxes.pt
 
 # A first measure at full size: BOXOBAN is a copy of DeepMind's unfiltered validation levels
 if [ -n "${BOXOBAN:-}" ]; then
