@@ -391,6 +391,8 @@ class Task:
             final = info["final_obs"]
             if not isinstance(final, Tensor):  # gymnasium: an array of objects, None where the episode goes on
                 final, ended = np.stack(final[ended]), torch.as_tensor(ended)
+            else:
+                final = final[ended]
             true_next[ended] = torch.as_tensor(final, device=self.device)
         return x, reward.float(), terminated, truncated, true_next
 

@@ -434,9 +434,7 @@ def solve_levels(policy: Any, levels: Tensor, args: Args, height: int, width: in
     for _ in range(limit):
         logits = policy(pad_boards(boards, height, width))
         boards, _, terminated, _, info = envs.step(sample(logits, torch.empty_like(logits).exponential_(generator=rng)))
-        last = boards.clone()
-        if "final_obs" in info:  # solved: it plays another level from here on, which doesn't count
-            last[info["_final_obs"]] = info["final_obs"]
+        last = info.get("final_obs", boards)  # solved: it plays another level from here on, which doesn't count
         film.append(torch.where(solved[:, None, None], film[-1], last))
         solved |= terminated  # a later episode of the same board adds nothing
     return solved, torch.stack(film)
@@ -569,7 +567,7 @@ def main(args: Args) -> dict[str, float]:
                 following[i] = pad_boards(observation, H, W)
                 results.append(result)
                 if "final_obs" in info:  # same-step autoreset: `observation` is the next episode's first
-                    lasts.append((t, i, info["_final_obs"], pad_boards(info["final_obs"], H, W)))
+                    lasts.append((t, i, info["_final_obs"], pad_boards(info["final_obs"][info["_final_obs"]], H, W)))
                     final = info["final_info"]
                     counted = (info["_final_info"], final["success"], final["episode"]["r"], final["episode"]["l"])
                     outcomes[:, i] += torch.stack([x.sum() for x in counted])

@@ -308,13 +308,17 @@ def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any
     return reached, distance
 
 
-def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[int, int], solve: bool) -> Iterator:
+def _generate(
+    xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[int, int], solve: bool, max_pulls: int | None = None
+) -> Iterator:
     """Make one batch of levels in small slices of work: yields None after each, and in the end (boards, solutions).
 
     The paper's appendix: (1) a random walk carves the room, (2) targets and the player fall on random floor cells,
     (3) the level is played backwards from its solution, pulling boxes, and the position with the best (box swaps) ×
     (displacement of the boxes from their targets) is kept, (4) the player starts on any cell it can then reach. Here a
     batch of rooms is played at once, a pull a round, each drawn at random among all that are possible.
+
+    With `max_pulls`, (3) keeps the position after 1 to so many pulls instead, and (4) leaves the player where it is.
     """
     height, width, num_boxes = settings
     cells = height * width
@@ -357,7 +361,7 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
     yield
 
     # (3) Reverse play. `free`: floor without a box.
-    rounds, num_pulls = min(2 * (height + width), 255), 8 * (num_boxes + 1)  # distances are bytes
+    rounds, num_pulls = min(2 * (height + width), 255), max_pulls or 8 * (num_boxes + 1)  # distances are bytes
     box, free = xp.asarray(target, copy=True), xp.asarray(floor, copy=True)
     free[box] = False
     is_target = xp.zeros_like(floor)
@@ -367,6 +371,7 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
     last_box, last_heading = xp.full((2, num), -1, **like)
     swaps, best, best_round = xp.zeros((3, num), dtype=xp.int64, **like)
     best_box, best_player = target, player
+    quota = 1 + integers(max_pulls) if max_pulls else None
     pulls = []  # per round: the box's new position and the step that it made, 0 where none was possible
 
     def displacement(box: Any, target: Any) -> Any:
@@ -394,7 +399,10 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
         player = xp.where(moves, new + stride, player)
         swaps += moves & (which != last_box)
         last_box, last_heading = xp.where(moves, which, last_box), xp.where(moves, heading, last_heading)
-        score = swaps * displacement(box, target).sum(0) * (roomy & ~is_target[box].any(0))
+        if max_pulls:
+            score = (i + 1) * ((i < quota) & ~is_target[box].all(0))
+        else:
+            score = swaps * displacement(box, target).sum(0) * (roomy & ~is_target[box].any(0))
         better = score > best
         best, best_round = xp.where(better, score, best), xp.where(better, i, best_round)
         best_box, best_player = xp.where(better, box, best_box), xp.where(better, player, best_player)
@@ -406,9 +414,11 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
     free[best_box] = False
     reached, _ = _flood(xp, free, best_player, width, rounds)
     start = (uniform(num, cells) * reached[: num * cells].reshape(num, cells)).argmax(1) + board
+    if max_pulls:
+        start = best_player
     level = xp.asarray(floor, dtype=xp.uint8)
     level[target] = TARGET
-    level[best_box] = BOX
+    level[best_box] = BOX + xp.asarray(is_target[best_box], dtype=xp.uint8)
     level[start] = PLAYER + xp.asarray(is_target[start], dtype=xp.uint8)
     kept = xp.where(best > 0)[0]
     levels = level[: num * cells].reshape(num, height, width)[kept]
@@ -417,7 +427,7 @@ def _generate(xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[
         return
 
     # The solution: the pulls up to the best round, reversed; the player walks from push to push.
-    player, on_target, active = start, xp.zeros_like(best), best > 0
+    player, on_target, active = start, xp.asarray(is_target[best_box].sum(0), dtype=xp.int64), best > 0
     walk_letters, push_letters = (xp.asarray([*text], dtype=xp.uint8, **like) for text in (b"udlr", b"UDLR"))
     letters = []  # each (B,) uint8, an ASCII code or 0
     for i in reversed(range(num_pulls)):
@@ -530,13 +540,22 @@ class _Pool:
 
 
 def generate_levels(
-    num_levels: int, *, size: int | tuple[int, int] = 10, num_boxes: int = 4, seed: int = 0, device: Any = "cpu"
+    num_levels: int,
+    *,
+    size: int | tuple[int, int] = 10,
+    num_boxes: int = 4,
+    seed: int = 0,
+    device: Any = "cpu",
+    max_pulls: int | None = None,
 ) -> tuple[torch.Tensor, list[str]]:
     """Levels (L, H, W), uint8 on `device`, all different, and a LURD solution of each (udlr moves, UDLR pushes).
 
     The same seed gives the same levels, another one others (on the smallest boards chance repeats some: see
     `exclude_levels`). A ValueError names a size or number of boxes that can't be generated, or says that there are
     fewer levels than asked for.
+
+    With `max_pulls` the levels stand that many pulls of the generator's reverse play before their end at most, some
+    boxes on their targets and the player beside the box that it is to push: what a model of rewards and ends learns from.
     """
     height, width = _check_size(size)
     _check_generator(height, width, num_boxes)
@@ -544,7 +563,7 @@ def generate_levels(
     xp, found, batch, barren = np if device.type == "cpu" else torch, {}, 0, 0
     while len(found) < num_levels:
         before = len(found)
-        *_, (boards, solutions) = _generate(xp, str(device), (height, width, num_boxes), (seed, batch), solve=True)
+        *_, (boards, solutions) = _generate(xp, str(device), (height, width, num_boxes), (seed, batch), True, max_pulls)
         found |= dict(zip((board.tobytes() for board in _to_numpy(boards)), solutions, strict=True))
         # Twenty batches without a level, or two with only known ones: there are no more.
         batch, barren = batch + 1, 0 if len(found) > before else barren + 10 * bool(solutions) + 1
@@ -579,7 +598,9 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
 
     `step` returns tensors on `device`: observation (N, ...), reward (N,) float32, terminated (N,) and truncated (N,)
     bool (a level solved in its last step is terminated, not truncated), and info. When episodes end, info holds
-    - `final_obs` (finished environments, ...): their last observations, in the order of the mask `_final_obs` (N,);
+    - `final_obs` (N, ...): what the step led to, before any reset: of the environments in the mask `_final_obs` (N,) the
+      last observation of the episode, of the others what `step` returns. So `info.get("final_obs", observation)` is the
+      true next observation of every row;
     - `final_info`: a dict of (N,) tensors, each with its mask `_...` (N,): `success`, `boxes_on_target`, `level` (index
       in `levels`, serial number of a generated one, or -1), and `episode`, a dict of `r` (return) and `l` (length).
     With generated levels, info["level_repeats"] is the share of levels so far that had been handed out before.
@@ -759,7 +780,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def _final_info(self, finished: Any, done: Any, terminated: Any) -> dict[str, Any]:
         """What gymnasium's same-step autoreset reports of the episodes that have just ended."""
         xp = self._xp
-        last = xp.stack([past[finished] for past in self._past], 1) if self._past else self._frame[finished]
+        last = xp.stack(self._past, 1) if self._past else xp.asarray(self._frame, copy=True)
         boxes = xp.zeros_like(self._loose)
         boxes[finished] = (self._board[finished] == BOX_ON_TARGET).sum((1, 2))
         mask, total = _to_torch(done), xp.asarray(self._return, dtype=xp.float32)

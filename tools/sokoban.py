@@ -269,9 +269,7 @@ def replay(levels: torch.Tensor, solutions: list[str]) -> list[str]:
     faults, open_ = [""] * num, torch.ones(num, dtype=torch.bool)
     for i in range(length):
         next_board, _, terminated, _, info = envs.step(actions[:, i])
-        after = next_board.clone()  # what the step led to, also where the next episode has begun
-        if "final_obs" in info:
-            after[info["_final_obs"]] = info["final_obs"]
+        after = info.get("final_obs", next_board)  # what the step led to, also where the next episode has begun
         moved = (after != board).flatten(1).any(1)
         pushed = (_boxes(after) != _boxes(board)).flatten(1).any(1)
         last = ~given[:, i + 1] if i + 1 < length else torch.ones_like(given[:, i])
