@@ -20,11 +20,15 @@ in a flat array, and a "position" is an index into it: up is -W, right is +1. Po
 (the cell behind a border wall), so flat arrays end in W spare cells, which negative positions reach too.
 """
 
-import functools
+import copy
+import html
 import itertools
 import math
+import operator
 import os
 import pathlib
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +40,8 @@ from gymnasium.vector import AutoresetMode
 WALL, FLOOR, TARGET, BOX, BOX_ON_TARGET, PLAYER, PLAYER_ON_TARGET = range(7)
 CELL_CHARS = "# .$*@+"  # XSB's character for each cell value
 _CELL_OF_CHAR = {ord(char): cell for cell, char in enumerate(CELL_CHARS)}
+_OTHER_LETTERS = str.maketrans("-_pPbBo", "  @+$*.")  # as .sok files may have them
+_ROW_CHARS = {*CELL_CHARS, *"-_pPbBo|0123456789"}
 NOOP, UP, DOWN, LEFT, RIGHT = range(5)
 STEP_REWARD, BOX_REWARD, SOLVED_REWARD = -0.1, 1.0, 10.0
 MAX_SIZE = 64
@@ -126,20 +132,40 @@ def text_to_cells(text: str) -> np.ndarray:
     return boards[0]
 
 
+def _parse_row(line: str, place: str) -> list[str] | None:
+    """The board rows in a line, in XSB's letters and floor as spaces: one, or several with `|` between them.
+
+    None for a title, a comment or a separator. A ValueError names what begins as a row and can't be read.
+    """
+    line = line.rstrip()
+    text = re.sub(r"(\d{1,3})(\D)", lambda run: run[2] * int(run[1]), line).translate(_OTHER_LETTERS)
+    known = not set(text) - set(CELL_CHARS) - {"|"}
+    if not known and text.lstrip().startswith("#"):
+        i = next(i for i, char in enumerate(line) if char not in _ROW_CHARS)
+        raise ValueError(f"{place}:{i + 1}: unknown character {line[i]!r}, known are {CELL_CHARS!r}")
+    only_letters_or_one_sign = line.isalpha() or (len(set(text)) == 1 and text[0] in ".$*@+")
+    return text.split("|") if text and known and not only_letters_or_one_sign else None
+
+
 def _parse_levels(text: str, name: str) -> list[np.ndarray]:
-    """Every level of a Boxoban or XSB text as a board of its own size; `name` stands before the line in errors."""
+    """Every level of a text as a board of its own size; `name` stands before the line in errors."""
+    if "<L>" in text:  # an .slc collection
+        text = "\n".join(html.unescape("|".join(re.findall("<L>(.*?)</L>", line))) for line in text.splitlines())
     levels, places, rows = [], [], []
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
-        row = line.rstrip().replace("-", " ").replace("_", " ")
-        unknown = set(row) - set(CELL_CHARS)
-        if row.lstrip().startswith("#") or (row and not unknown):
-            if unknown:
-                i = min(map(row.index, unknown))
-                raise ValueError(f"{name}:{number}:{i + 1}: unknown character {row[i]!r}, known are {CELL_CHARS!r}")
-            rows.append(row)
+    lines = [*text.splitlines(), ""]
+    for number, line in enumerate(lines, start=1):
+        new = _parse_row(line, f"{name}:{number}")
+        walled = new is not None and any("#" in (row.strip()[:1], row.strip()[-1:]) for row in new)
+        if walled:
+            rows += [(number, row) for row in new]
+        elif rows and new is not None and not "".join(new).strip():
+            rows.append((number, ""))  # an empty row, or a separator: `_split_level` knows
+        elif rows and new is not None and lines[number].lstrip().startswith("#"):
+            raise ValueError(f"{name}:{number}:1: a row inside a level, with no wall at either end")
         elif rows:  # a blank line, a comment or a title ends the level
-            levels.append(rows)
-            places.append(f"{name}:{number - len(rows)}")
+            for part in _split_level(rows):
+                levels.append([row for _, row in part])
+                places.append(f"{name}:{part[0][0]}")
             rows = []
     if not levels:
         return []
@@ -152,10 +178,31 @@ def _parse_levels(text: str, name: str) -> list[np.ndarray]:
     corners = np.arange(len(levels)) * boards[0].size
     outside = _flood(np, boards.ravel() != WALL, corners, width + 2, boards[0].size)[0].reshape(boards.shape)
     for i in np.flatnonzero((outside & (boards != FLOOR)).any((1, 2)))[:1]:
-        raise ValueError(f"{places[i]}: the level is not closed, a wall between its inside and the outside is missing")
+        if (outside & (boards >= PLAYER))[i].any():
+            raise ValueError(
+                f"{places[i]}: the level is not closed, a wall between the player and the outside is missing"
+            )
+        row, column = np.argwhere((outside & (boards != FLOOR))[i])[0]
+        raise ValueError(
+            f"{places[i]}: row {row}, column {column} of the level: {levels[i][row - 1][column - 1]!r} is outside the walls"
+        )
     boards[outside] = WALL
-    _check_boards(boards, places)
-    return [board[1 : 1 + h, 1 : 1 + w] for board, (h, w) in zip(boards, shapes, strict=True)]
+    solved = ~(boards == BOX).any((1, 2))
+    _check_boards(boards, places, unsolved=bool(solved.all()))
+    for place in itertools.compress(places, solved):
+        warnings.warn(f"{place}: the level is skipped: it is solved already", stacklevel=2)
+    boards = [board[1 : 1 + h, 1 : 1 + w] for board, (h, w) in zip(boards, shapes, strict=True)]
+    return list(itertools.compress(boards, ~solved))
+
+
+def _split_level(rows: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
+    """Rows (line number, text) without the empty ones at the end, as one level; or as several, where each of the parts
+    between empty rows has a player."""
+    while not rows[-1][1].strip():
+        rows.pop()
+    parts = [list(group) for filled, group in itertools.groupby(rows, lambda row: bool(row[1].strip())) if filled]
+    players = [any("@" in text or "+" in text for _, text in part) for part in parts]
+    return parts if all(players) else [rows]
 
 
 def _pad_levels(boards: Any, size: tuple[int, int] | None, name: str) -> np.ndarray:
@@ -198,23 +245,34 @@ def _check_boards(boards: np.ndarray, name: str | list[str], *, unsolved: bool =
 
 
 def load_levels(path: str | os.PathLike, size: int | tuple[int, int] | None = None) -> torch.Tensor:
-    """Levels (L, H, W), uint8, of a Boxoban or XSB file, or of every .txt, .xsb and .sok file below a folder.
+    """Levels (L, H, W), uint8, of a file (Boxoban, XSB, .sok, .slc), or of every .txt, .xsb, .sok and .slc of a folder.
 
-    Rows may be ragged, `-` and `_` are floor too; blank lines, comments and titles part levels; floor outside the walls
-    becomes wall; smaller levels are padded with wall to `size`, or to the largest. A ValueError names file and line of
-    what can't be played: an unknown character, not one player, unequal numbers of boxes and targets, no box to push,
-    no closed wall, a level too large for `size`.
+    Rows may be ragged or run-length coded (`3#`), with `|` between them; `-` and `_` are floor too. Blank lines,
+    comments and titles part levels; floor outside the walls becomes wall; smaller levels are padded with wall to
+    `size`, or to the largest. A warning names a solved level, and in a folder a file, that is skipped. A ValueError
+    names file and line of what can't be played: an unknown character, not one player, unequal numbers of boxes and
+    targets, no box to push, no closed wall, a level too large for `size`.
     """
-    path = pathlib.Path(path)
-    files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".xsb", ".sok")) if path.is_dir() else [path]
-    boards = []
+    path, boards, errors = pathlib.Path(path), [], []
+    suffixes = (".txt", ".xsb", ".sok", ".slc")
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes) if path.is_dir() else [path]
     for file in files:
+        text = file.read_bytes()
         try:
-            boards += _parse_levels(file.read_text(encoding="utf-8"), str(file))
+            text = text.decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise ValueError(f"{file}: not a text file") from None
+            text = text.decode("latin-1")  # names of authors, in older collections
+        try:
+            found = _parse_levels(text, str(file)) if "\0" not in text else []
+            if not found:
+                raise ValueError(f"{file}: no levels found")
+            boards += found
+        except ValueError as e:
+            errors.append(e)
     if not boards:
-        raise ValueError(f"{path}: no levels found" + " (in .txt, .xsb and .sok files)" * path.is_dir())
+        raise errors[0] if errors else ValueError(f"{path}: no levels found (in {', '.join(suffixes)} files)")
+    for error in errors:
+        warnings.warn(f"skipped the file of {error}", stacklevel=2)
     return torch.from_numpy(_pad_levels(boards, None if size is None else _check_size(size), str(path)))
 
 
@@ -242,7 +300,7 @@ def _check_observation(observation: str) -> None:
 
 
 def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = map(operator.index, size if isinstance(size, (tuple, list)) else (size, size))
     if not (3 <= height <= MAX_SIZE and 3 <= width <= MAX_SIZE):
         raise ValueError(f"size {height}x{width} is out of range, height and width go from 3 to {MAX_SIZE}")
     return height, width
@@ -309,7 +367,12 @@ def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any
 
 
 def _generate(
-    xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[int, int], solve: bool, max_pulls: int | None = None
+    xp: Any,
+    device: str,
+    settings: tuple[int, int, int],
+    seed: tuple[int, int],
+    solve: bool,
+    max_pulls: int | None = None,
 ) -> Iterator:
     """Make one batch of levels in small slices of work: yields None after each, and in the end (boards, solutions).
 
@@ -528,6 +591,18 @@ class _Pool:
             self.head, self.serial = self.head - start, self.serial + start
             self.batch, self.slices, self.work = self.batch + 1, 0, None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle; the unfinished batch is made again, up to where it was."""
+        return vars(self) | {"work": None, "xp": self.xp.__name__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"xp": {"numpy": np, "torch": torch}[state["xp"]]})
+
+    def __deepcopy__(self, memo: dict) -> "_Pool":
+        new = copy.copy(self)  # which shares the boards, for they never change
+        new.rng = copy.deepcopy(self.rng)
+        return new
+
     def get_state(self) -> dict[str, Any]:
         boards = _to_torch(_copy_to(self.xp, self.boards, self.device))
         counters = {name: getattr(self, name) for name in self._COUNTERS}
@@ -558,6 +633,7 @@ def generate_levels(
     boxes on their targets and the player beside the box that it is to push: what a model of rewards and ends learns from.
     """
     height, width = _check_size(size)
+    num_levels, num_boxes, seed = map(operator.index, (num_levels, num_boxes, seed))
     _check_generator(height, width, num_boxes)
     device = _check_device(device)
     xp, found, batch, barren = np if device.type == "cpu" else torch, {}, 0, 0
@@ -607,6 +683,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     """
 
     metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 8, "autoreset_mode": AutoresetMode.SAME_STEP}
+    _COUNTERS = ("steps", "return", "level")  # of each environment's episode
 
     def __init__(
         self,
@@ -627,7 +704,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self.height, self.width = height, width = _check_size(size)
         _check_observation(observation)
         self.device = _check_device(device)
-        steps = 1 if max_episode_steps is None else max_episode_steps
+        steps = 1 if max_episode_steps is None else operator.index(max_episode_steps)
+        num_envs, num_boxes, frame_stack = map(operator.index, (num_envs, num_boxes, frame_stack))
         for name, value in (("num_envs", num_envs), ("max_episode_steps", steps), ("frame_stack", frame_stack)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, must be at least 1")
@@ -635,16 +713,16 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"unknown render_mode {render_mode!r}, choose one of {self.metadata['render_modes']}")
         if backend not in (None, "torch", *["numpy"] * (self.device.type == "cpu")):
             raise ValueError(f"unknown backend {backend!r} for {self.device}: numpy (on the CPU only) or torch")
-        self._xp = xp = np if self.device.type == "cpu" and backend != "torch" else torch
+        self.backend = backend or ("numpy" if self.device.type == "cpu" else "torch")
+        self._xp = xp = {"numpy": np, "torch": torch}[self.backend]
         on = {"device": str(self.device)}
-        self._own = functools.partial(_copy_to, xp, **on)
         if levels is None:
             _check_generator(height, width, num_boxes)
         else:
             levels = self._own(_pad_levels(levels, (height, width), "levels"))
         exclude = None if exclude is None else self._own(_pad_levels(exclude, (height, width), "exclude"))
         self.num_envs, self.observation, self.render_mode, self.copy = num_envs, observation, render_mode, copy
-        self.max_episode_steps = max_episode_steps or math.inf
+        self.max_episode_steps = math.inf if max_episode_steps is None else steps
         self._pool = _Pool(xp, str(self.device), (height, width, num_boxes), levels, num_envs, exclude)
 
         s = {"cells": 0, "tiny_rgb": 1, "rgb": 8}[observation]  # pixels of a cell's side
@@ -658,18 +736,38 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self._next_cells, self._moved, self._gain, self._reward = map(self._own, (_NEXT_CELLS, _MOVED, _GAIN, _REWARD))
         self._strides, self._three = map(self._own, (np.array([0, -width, width, -1, 1]), np.arange(3)[:, None]))
         self._flat = xp.zeros(num_envs * height * width + width, dtype=xp.uint8, **on)
-        self._board = self._flat[:-width].reshape(num_envs, height, width)  # (N, H, W), a view
         self._rows = xp.arange(num_envs, **on)
         # (N,) each: position, boxes off target, steps, number of the level; and what the episode has paid so far
         self._player, self._loose, self._steps, self._level = xp.zeros((4, num_envs), dtype=xp.int64, **on)
         self._return = xp.zeros(num_envs, dtype=xp.float64, **on)
-        self._counters = {"steps": self._steps, "return": self._return, "level": self._level}
         # numpy asks the system for huge pages for `full`, not for `zeros`
         self._image = xp.full((num_envs * height, s, width, s, 3), 0, dtype=xp.uint8, **on) if s else None
         self._blocks = self._own(_BLOCKS[observation]) if s else None  # (7, s, s, 3)
-        self._frame = self._image.reshape(num_envs, *frame) if s else self._board  # a view, always up to date
+        self._link()
         self._past = [xp.zeros_like(self._frame) for _ in range(*stack)] if stack else []  # oldest first
         self._started = False
+
+    def _own(self, array: Any) -> Any:
+        return _copy_to(self._xp, array, str(self.device))
+
+    def _link(self) -> None:
+        """The views into the two buffers."""
+        shape = self.num_envs, self.height, self.width
+        self._board = self._flat[: -self.width].reshape(shape)  # (N, H, W)
+        frame = self.single_observation_space.shape[-3 if self._image is not None else -2 :]
+        self._frame = self._board if self._image is None else self._image.reshape(self.num_envs, *frame)  # up to date
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: a module can't be copied, and a copied view would no longer share its buffer."""
+        return {name: value for name, value in vars(self).items() if name not in ("_xp", "_board", "_frame")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._xp = {"numpy": np, "torch": torch}[self.backend]
+        self._link()
+
+    def __copy__(self) -> "SokobanVectorEnv":
+        return copy.deepcopy(self)  # one that shares a buffer would be of no use
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[torch.Tensor, dict]:
         """Start an episode in every environment.
@@ -679,6 +777,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             options: what to start from, {"levels": N boards or texts} or {"level_indices": N indices into the
                 environment's `levels`}. Autoreset draws as ever.
         """
+        seed = None if seed is None else operator.index(seed)
         super().reset(seed=seed)
         if seed is not None or not self._started:
             self._pool.restart(int(self.np_random.integers(2**62)) if seed is None else seed)
@@ -802,7 +901,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         `cells` (N, H, W); `steps`, `return` (the rewards so far), `level`, (N,) each; `frames` (N, frame_stack, ...) if
         stacked; and, unless `pool=False`, `pool`: levels, random generator, how far the next ones are made.
         """
-        names = {"cells": self._board} | self._counters
+        names = {"cells": self._board} | {name: getattr(self, f"_{name}") for name in self._COUNTERS}
         state: dict[str, Any] = {name: _to_torch(self._own(array)) for name, array in names.items()}
         if self._past:
             state["frames"] = self._observe()
@@ -820,9 +919,9 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if self.device.type == "cpu":
             _check_boards(_to_numpy(cells), "state['cells']", unsolved=False)
         self._place(self._rows, self._own(cells), -1)
-        for name, array in self._counters.items():
+        for name in self._COUNTERS:
             if name in state:
-                array[:] = self._own(state[name])
+                getattr(self, f"_{name}")[:] = self._own(state[name])
         for i, past in enumerate(self._past):
             past[:] = self._own(state["frames"][:, i]) if "frames" in state else past
         if "pool" in state:
@@ -845,17 +944,20 @@ class SokobanEnv(gym.Env):
     {"level": board or text} or {"level_index": int}.
     """
 
-    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 8}
+    metadata = {"render_modes": ["human", "rgb_array", "ansi"], "render_fps": 8}
 
     def __init__(self, *, render_mode: str | None = None, **kwargs: Any):
-        self._env = SokobanVectorEnv(1, render_mode=render_mode, **kwargs)
-        self.render_mode = render_mode
+        self._env = SokobanVectorEnv(1, render_mode="rgb_array" if render_mode == "human" else render_mode, **kwargs)
+        self.render_mode, self._window = render_mode, None
         self.observation_space, self.action_space = self._env.single_observation_space, self._env.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        seed = None if seed is None else operator.index(seed)
         super().reset(seed=seed)
         plural = {"level": "levels", "level_index": "level_indices"}
         observation, _ = self._env.reset(seed=seed, options={plural.get(k, k): [v] for k, v in (options or {}).items()})
+        if self.render_mode == "human":
+            self.render()
         return observation[0].numpy(), self._info(False)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -863,6 +965,8 @@ class SokobanEnv(gym.Env):
         reward, terminated, truncated = env._move([action])
         env._pool.refill()
         info = self._info(bool(terminated[0]))
+        if self.render_mode == "human":
+            self.render()
         return env._observe()[0].numpy(), float(reward[0]), info["success"], bool(truncated[0]), info
 
     def _info(self, success: bool) -> dict[str, Any]:
@@ -877,7 +981,106 @@ class SokobanEnv(gym.Env):
 
     def render(self) -> np.ndarray | str | None:
         frames = self._env.render()
-        return frames and frames[0]
+        if self.render_mode != "human":
+            return frames and frames[0]
+        import pygame  # only for a window
+
+        picture = frames[0].repeat(4, axis=0).repeat(4, axis=1).swapaxes(0, 1)  # pygame's first axis is x
+        if self._window is None:
+            pygame.display.init()
+            pygame.display.set_caption("Sokoban")
+            self._window = pygame.display.set_mode(picture.shape[:2]), pygame.time.Clock()
+        screen, clock = self._window
+        pygame.surfarray.blit_array(screen, picture)
+        pygame.event.pump()
+        pygame.display.flip()
+        clock.tick(self.metadata["render_fps"])
+
+    def close(self) -> None:
+        if self._window is not None:
+            import pygame
+
+            pygame.display.quit()
+            self._window = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_window": None}  # a copy opens its own
+
+    def __copy__(self) -> "SokobanEnv":
+        return copy.deepcopy(self)
+
+
+class SokobanGymVectorEnv(SokobanVectorEnv):
+    """What gymnasium.make_vec gives: `SokobanVectorEnv` with the conventions of gymnasium's `SyncVectorEnv`.
+
+    numpy arrays; `autoreset_mode` NEXT_STEP, SAME_STEP or DISABLED, and for that the reset option `reset_mask`; info
+    holds what `SokobanEnv` reports, an array and a mask `_...` for each name; a level solved in its very last step is
+    terminated and truncated, as the wrapper TimeLimit has it.
+    """
+
+    def __init__(self, num_envs: int, *, autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP, **kwargs: Any):
+        super().__init__(num_envs, **kwargs)
+        self.metadata = self.metadata | {"autoreset_mode": AutoresetMode(autoreset_mode)}
+        self._ended = np.zeros(self.num_envs, dtype=bool)  # the last step ended the episode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        options = dict(options or {})
+        mask = options.pop("reset_mask", None)
+        if mask is None:
+            observation, _ = super().reset(seed=seed, options=options)
+            mask = np.ones(self.num_envs, dtype=bool)
+        elif seed is not None or options or not self._started or np.shape(mask) != (self.num_envs,):
+            raise ValueError(f"reset_mask: {self.num_envs} bools, without seed or other options, after a full reset")
+        else:
+            observation = self._restart(np.asarray(mask, dtype=bool))
+        self._ended &= ~mask
+        return _to_numpy(observation), self._info(mask)
+
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        mode, started = self.metadata["autoreset_mode"], self._ended
+        if mode == AutoresetMode.DISABLED and started.any():
+            raise gym.error.ResetNeeded('an episode has ended: reset(options={"reset_mask": terminated | truncated})')
+        if started.any():
+            actions = np.where(started, NOOP, _to_numpy(self._check_actions(actions)))
+        reward, terminated, _ = (np.array(_to_numpy(array)) for array in self._move(actions))
+        truncated = _to_numpy(self._steps) >= self.max_episode_steps
+        info: dict[str, Any] = {}
+        if mode == AutoresetMode.SAME_STEP:
+            ended = terminated | truncated
+            if ended.any():
+                last, final_obs = _to_numpy(self._observe()), np.full(self.num_envs, None, dtype=object)
+                for i in np.flatnonzero(ended):
+                    final_obs[i] = last[i].copy()
+                final = self._info(ended, terminated)
+                info = {"final_obs": final_obs, "_final_obs": ended, "final_info": final, "_final_info": ended.copy()}
+                self._restart(ended)
+            info |= self._info(np.ones_like(ended), terminated & ~ended)
+        else:
+            for array in (reward, terminated, truncated):
+                array[started] = 0
+            if started.any():
+                self._restart(started)
+            info = self._info(np.ones_like(started), terminated)
+            self._ended = terminated | truncated
+        self._pool.refill()
+        return _to_numpy(self._observe()), reward, terminated, truncated, info
+
+    def _restart(self, mask: np.ndarray) -> torch.Tensor:
+        rows = self._xp.asarray(np.flatnonzero(mask), device=str(self.device))
+        self._place(rows, *self._pool.draw(len(rows)))
+        return self._observe()
+
+    def _info(self, mask: np.ndarray, success: np.ndarray | bool = False) -> dict[str, Any]:
+        """What `SokobanEnv` reports of each environment in `mask`."""
+        boxes = _to_numpy((self._board == BOX_ON_TARGET).sum((1, 2)))
+        values = {"success": mask & success, "boxes_on_target": boxes, "level": _to_numpy(self._level)}
+        for name, share in self._pool.info().items():
+            values[name] = np.full(self.num_envs, float(share))
+        return {
+            key: array
+            for name, value in values.items()
+            for key, array in ((name, np.where(mask, value, np.zeros_like(value))), (f"_{name}", mask.copy()))
+        }
 
 
 def _make_single(**kwargs: Any) -> SokobanEnv:
@@ -886,5 +1089,8 @@ def _make_single(**kwargs: Any) -> SokobanEnv:
 
 
 gym.register(
-    "Sokoban-v0", "sokoban_env:_make_single", vector_entry_point="sokoban_env:SokobanVectorEnv", max_episode_steps=120
+    "Sokoban-v0",
+    "sokoban_env:_make_single",
+    vector_entry_point="sokoban_env:SokobanGymVectorEnv",
+    max_episode_steps=120,
 )
