@@ -370,11 +370,12 @@ def _generate(
     xp: Any,
     device: str,
     settings: tuple[int, int, int],
-    seed: tuple[int, int],
+    seed: int,
+    batches: range,
     solve: bool,
     max_pulls: int | None = None,
 ) -> Iterator:
-    """Make one batch of levels in small slices of work: yields None after each, and in the end (boards, solutions).
+    """Make batches of levels, side by side, in small slices of work: yields None after each, and in the end (boards, solutions).
 
     The paper's appendix: (1) a random walk carves the room, (2) targets and the player fall on random floor cells,
     (3) the level is played backwards from its solution, pulling boxes, and the position with the best (box swaps) ×
@@ -385,14 +386,15 @@ def _generate(
     """
     height, width, num_boxes = settings
     cells = height * width
-    num, like = max(64, 2**17 // cells), {"device": device}
-    rng = np.random.default_rng(seed)  # on every device, so that all make the same levels
+    each, like = max(64, 2**17 // cells), {"device": device}
+    num = each * len(batches)
+    rngs = [np.random.default_rng((seed, batch)) for batch in batches]  # so that every device makes the same levels
 
     def uniform(*shape: int) -> Any:
-        return xp.asarray(rng.random(shape, dtype=np.float32), **like)
+        return xp.asarray(np.concatenate([rng.random((each, *shape), dtype=np.float32) for rng in rngs]), **like)
 
     def integers(high: int) -> Any:
-        return xp.asarray(rng.integers(high, size=num), **like)
+        return xp.asarray(np.concatenate([rng.integers(high, size=each) for rng in rngs]), **like)
 
     board = xp.arange(num, **like) * cells  # (B,) where each board starts
     step = xp.asarray([-width, width, -1, 1], **like)  # up, down, left, right
@@ -404,7 +406,7 @@ def _generate(
     y, x = 1 + integers(height - 2), 1 + integers(width - 2)
     heading, dy, dx = integers(4), xp.asarray([-1, 1, 0, 0], **like), xp.asarray([0, 0, -1, 1], **like)
     for _ in range(int(_WALK_STEPS * (height + width))):
-        heading = xp.where(uniform(num) < _TURN, integers(4), heading)
+        heading = xp.where(uniform() < _TURN, integers(4), heading)
         y = xp.clip(y + dy[heading], 1, height - 2)
         x = xp.clip(x + dx[heading], 1, width - 2)
         at = board + y * width + x + around  # (9, B)
@@ -414,7 +416,7 @@ def _generate(
     room[:, :, [0, -1]] = False
 
     # (2) Targets, with their boxes, and the player: the K + 1 floor cells with the highest lots.
-    lots = uniform(num, cells) * room.reshape(num, cells)
+    lots = uniform(cells) * room.reshape(num, cells)
     spots = []
     for _ in range(num_boxes + 1):
         spots.append(lots.argmax(1) + board)
@@ -450,7 +452,7 @@ def _generate(
         weight = weight * (1 + (_AWAY - 1) * (displacement(near, target) > displacement(box, target)))  # (4, K, B)
         # One of the possible pulls, in proportion to its weight: exact in float32, and so the same on every device.
         shares = xp.asarray(weight * possible, dtype=xp.float32).reshape(-1, num).cumsum(0)
-        pull = xp.clip((shares <= uniform(num) * shares[-1]).sum(0), 0, len(shares) - 1)
+        pull = xp.clip((shares <= uniform() * shares[-1]).sum(0), 0, len(shares) - 1)
         heading, which = pull // num_boxes, pull % num_boxes
         moves = possible.reshape(-1, num)[pull, rows]
         stride = xp.where(moves, step[heading], 0)
@@ -476,7 +478,7 @@ def _generate(
     free = xp.asarray(floor, copy=True)
     free[best_box] = False
     reached, _ = _flood(xp, free, best_player, width, rounds)
-    start = (uniform(num, cells) * reached[: num * cells].reshape(num, cells)).argmax(1) + board
+    start = (uniform(cells) * reached[: num * cells].reshape(num, cells)).argmax(1) + board
     if max_pulls:
         start = best_player
     level = xp.asarray(floor, dtype=xp.uint8)
@@ -524,7 +526,7 @@ class _Pool:
     """Where an environment's levels come from: a fixed set, drawn at random, or the generator, each level once."""
 
     # boards[head:] are fresh, boards[0] was the `serial`-th made; `slices` of batch number `batch` are done
-    _COUNTERS = ("head", "serial", "seed", "batch", "slices", "frames", "drawn", "repeated")
+    _COUNTERS = ("head", "serial", "seed", "batch", "slices", "frames", "drawn", "repeated", "due")
 
     def __init__(self, xp: Any, device: str, settings: tuple[int, int, int], levels: Any, num_envs: int, exclude: Any):
         self.xp, self.device, self.settings, self.num_envs = xp, device, settings, num_envs
@@ -571,25 +573,32 @@ class _Pool:
     def info(self) -> dict[str, float]:
         return {"level_repeats": self.repeated / max(1, self.drawn)} if self.endless else {}
 
+    def batches(self) -> range:
+        return range(self.batch, self.batch + 1)
+
     def _advance(self) -> None:
+        """A slice of work; when that completes a batch, its levels join the pool."""
         if self.work is None:  # a batch follows from its seed and number, so a restored pool replays its slices
-            self.work = _generate(self.xp, self.device, self.settings, (self.seed, self.batch), solve=False)
+            self.work = _generate(self.xp, self.device, self.settings, self.seed, self.batches(), solve=False)
             for _ in range(self.slices):
                 next(self.work)
-        batch = next(self.work)
+        made = next(self.work)
         self.slices += 1
-        if batch is not None:
-            fresh = batch[0]
+        if made is not None:
+            fresh = made[0]
             if self.excluded is not None:
                 fresh = fresh[~self.xp.isin(self.numbers(fresh), self.excluded)]
             self.barren = 0 if len(fresh) else self.barren + 1
             if self.barren >= 20:
                 height, width, boxes = self.settings
                 raise ValueError(f"the generator finds no {height}x{width} level with {boxes} boxes besides `exclude`")
-            start = max(0, self.head - 1024)  # some that were handed out stay, to be repeated if need be
-            self.boards = self.xp.concatenate([self.boards[start:], fresh])
-            self.head, self.serial = self.head - start, self.serial + start
-            self.batch, self.slices, self.work = self.batch + 1, 0, None
+            self.batch, self.slices, self.work = self.batches().stop, 0, None
+            self.add(fresh)
+
+    def add(self, fresh: Any) -> None:
+        start = max(0, self.head - 1024)  # some that were handed out stay, to be repeated if need be
+        self.boards = self.xp.concatenate([self.boards[start:], fresh])
+        self.head, self.serial = self.head - start, self.serial + start
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; the unfinished batch is made again, up to where it was."""
@@ -611,7 +620,108 @@ class _Pool:
     def set_state(self, state: dict[str, Any]) -> None:
         self.boards, self.work = _copy_to(self.xp, state["boards"], self.device), None
         self.rng.bit_generator.state = state["random"]
+        vars(self).update({name: state.get(name, 0) for name in self._COUNTERS})  # old ones lack `due`
+
+
+class _DevicePool(_Pool):
+    """The same for torch, so that a step waits for nothing: levels lie in a ring, and are drawn by arithmetic.
+
+    The p-th draw takes the ring's slot p % size: of `boards` that were generated, or of `order`, random indices into
+    `boards` that were handed in. `refill` puts new ones where the old are used up. It reads how far the draws went,
+    and so waits for the device, once in thousands of frames; a program that captures steps in a CUDA graph calls it
+    between rollouts, as `envs.refill()`. All tensors stay where they are.
+    """
+
+    _TENSORS = ("boards", "facts", "order", "spare", "last")
+    SLOTS, BATCHES = 2**13, 64  # on a GPU; batches are made side by side, by some 23,000 kernels however many they are
+
+    def restart(self, seed: int) -> None:
+        vars(self).update(dict.fromkeys(self._COUNTERS, 0), seed=seed, rng=np.random.default_rng(seed), work=None)
+        like = {"dtype": torch.int64, "device": self.device}
+        self.size = max(256 if self.device == "cpu" else self.SLOTS, 2 * self.num_envs)
+        if self.endless:
+            self.boards = torch.zeros((self.size, *self.settings[:2]), dtype=torch.uint8, device=self.device)
+        self.facts = self.describe(self.boards, torch.arange(len(self.boards), **like))
+        self.order, self.spare = torch.zeros(self.size, **like), self.boards[:0]
+        self.last = torch.full((), -1, **like)  # the number of the last draw
+
+    def describe(self, boards: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """(5, L): what an episode on each board begins with, as in the environment's `_episode`."""
+        flat = boards.reshape(len(boards), -1)
+        loose = (flat == BOX).sum(1)
+        return torch.stack([flat.argmax(1), loose, 0 * number, number, loose + (flat == BOX_ON_TARGET).sum(1)])
+
+    def draw_masked(self, done: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A board for each environment (N, H, W), fresh where `done` (N,); and its facts (5, N)."""
+        if not self.serial:
+            self.fill()
+        number = done.cumsum(0) + self.last
+        self.last.copy_(number[-1])
+        slot = number % self.size
+        if not self.endless:
+            slot = self.order[slot]
+        return self.boards[slot], self.facts[:, slot]
+
+    def draw(self, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+        boards, facts = self.draw_masked(torch.ones(num, dtype=torch.bool, device=self.device))
+        return boards, facts[3]
+
+    def refill(self) -> None:
+        self.frames += self.num_envs
+        if self.frames >= self.due:
+            self.fill()
+
+    def fill(self) -> None:
+        used = int(self.last) + 1  # waits for the device
+        if used > self.serial:  # the ring went round: what it gave again
+            self.repeated, used = self.repeated + used - self.serial, self.serial
+            self.last.fill_(used - 1)
+        self.drawn = used + self.repeated
+        if self.serial - used < self.size // 2:
+            while self.serial - used < self.size:
+                self.put(self.size - self.serial + used)
+        self.due = self.frames + (self.serial - used) // 2  # no step draws more than it has frames
+
+    def put(self, room: int) -> None:
+        """New levels, or indices, into the next slots, at most `room`."""
+        if self.endless:
+            while not len(self.spare):
+                self._advance()
+            new, self.spare = self.spare[:room], self.spare[room:]
+        else:
+            new = torch.from_numpy((self.rng.random(room) * len(self.boards)).astype(np.int64)).to(self.device)
+        number = self.serial + torch.arange(len(new), device=self.device)
+        slots = number % self.size
+        if self.endless:
+            self.boards[slots], self.facts[:, slots] = new, self.describe(new, number)
+        else:
+            self.order[slots] = new
+        self.serial += len(new)
+
+    def batches(self) -> range:
+        return range(self.batch, self.batch + (1 if self.device == "cpu" else self.BATCHES))
+
+    def add(self, fresh: torch.Tensor) -> None:
+        self.spare = torch.cat([self.spare, fresh])
+
+    def __deepcopy__(self, memo: dict) -> "_DevicePool":
+        new = copy.copy(self)
+        vars(new).update({name: copy.deepcopy(value) for name, value in vars(new).items() if name != "xp"})
+        return new
+
+    def get_state(self) -> dict[str, Any]:
+        tensors = {name: getattr(self, name).clone() for name in self._TENSORS}
+        counters = {name: getattr(self, name) for name in self._COUNTERS}
+        return {"random": self.rng.bit_generator.state, **tensors, **counters}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.restart(state["seed"])
+        self.rng.bit_generator.state = state["random"]
+        if "last" not in state:  # numpy's: go on with the batch after its last
+            self.batch = state["batch"] + 1
+            return
         vars(self).update({name: state[name] for name in self._COUNTERS})
+        vars(self).update({name: _copy_to(torch, state[name], self.device) for name in self._TENSORS})
 
 
 def generate_levels(
@@ -639,7 +749,8 @@ def generate_levels(
     xp, found, batch, barren = np if device.type == "cpu" else torch, {}, 0, 0
     while len(found) < num_levels:
         before = len(found)
-        *_, (boards, solutions) = _generate(xp, str(device), (height, width, num_boxes), (seed, batch), True, max_pulls)
+        made = _generate(xp, str(device), (height, width, num_boxes), seed, range(batch, batch + 1), True, max_pulls)
+        *_, (boards, solutions) = made
         found |= dict(zip((board.tobytes() for board in _to_numpy(boards)), solutions, strict=True))
         # Twenty batches without a level, or two with only known ones: there are no more.
         batch, barren = batch + 1, 0 if len(found) > before else barren + 10 * bool(solutions) + 1
@@ -683,6 +794,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     """
 
     metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 8, "autoreset_mode": AutoresetMode.SAME_STEP}
+    _VIEWS = ("_xp", "_board", "_frame", "_player", "_loose", "_steps", "_level", "_boxes")  # what `_link` makes
     _COUNTERS = ("steps", "return", "level")  # of each environment's episode
 
     def __init__(
@@ -723,7 +835,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         exclude = None if exclude is None else self._own(_pad_levels(exclude, (height, width), "exclude"))
         self.num_envs, self.observation, self.render_mode, self.copy = num_envs, observation, render_mode, copy
         self.max_episode_steps = math.inf if max_episode_steps is None else steps
-        self._pool = _Pool(xp, str(self.device), (height, width, num_boxes), levels, num_envs, exclude)
+        pool = _Pool if xp is np else _DevicePool
+        self._pool = pool(xp, str(self.device), (height, width, num_boxes), levels, num_envs, exclude)
 
         s = {"cells": 0, "tiny_rgb": 1, "rgb": 8}[observation]  # pixels of a cell's side
         frame = (s * height, s * width, 3) if s else (height, width)
@@ -733,12 +846,20 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
-        self._next_cells, self._moved, self._gain, self._reward = map(self._own, (_NEXT_CELLS, _MOVED, _GAIN, _REWARD))
         self._strides, self._three = map(self._own, (np.array([0, -width, width, -1, 1]), np.arange(3)[:, None]))
+        if xp is np:
+            self._next_cells, self._moved, self._gain, self._reward = _NEXT_CELLS, _MOVED, _GAIN, _REWARD
+        else:
+            changes = np.stack(
+                [_MOVED, -_GAIN, np.ones_like(_GAIN)]
+            )  # of position (in strides), boxes off target, steps
+            pay = np.stack([_REWARD, np.float32(SOLVED_REWARD) * (_GAIN > 0)])  # at once, and if that solves the level
+            tables = _NEXT_CELLS.reshape(3, 98), changes, pay, np.array([[49], [7], [1]])
+            self._next_cells, self._changes, self._pay, self._place_value = map(self._own, tables)
         self._flat = xp.zeros(num_envs * height * width + width, dtype=xp.uint8, **on)
         self._rows = xp.arange(num_envs, **on)
-        # (N,) each: position, boxes off target, steps, number of the level; and what the episode has paid so far
-        self._player, self._loose, self._steps, self._level = xp.zeros((4, num_envs), dtype=xp.int64, **on)
+        # rows of (N,): position, boxes off target, steps, number of the level, boxes
+        self._episode = xp.zeros((5, num_envs), dtype=xp.int64, **on)
         self._return = xp.zeros(num_envs, dtype=xp.float64, **on)
         # numpy asks the system for huge pages for `full`, not for `zeros`
         self._image = xp.full((num_envs * height, s, width, s, 3), 0, dtype=xp.uint8, **on) if s else None
@@ -751,7 +872,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         return _copy_to(self._xp, array, str(self.device))
 
     def _link(self) -> None:
-        """The views into the two buffers."""
+        """The views into the buffers."""
+        self._player, self._loose, self._steps, self._level, self._boxes = self._episode
         shape = self.num_envs, self.height, self.width
         self._board = self._flat[: -self.width].reshape(shape)  # (N, H, W)
         frame = self.single_observation_space.shape[-3 if self._image is not None else -2 :]
@@ -759,7 +881,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: a module can't be copied, and a copied view would no longer share its buffer."""
-        return {name: value for name, value in vars(self).items() if name not in ("_xp", "_board", "_frame")}
+        return {name: value for name, value in vars(self).items() if name not in self._VIEWS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -805,9 +927,12 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         reward, terminated, truncated = self._move(actions)
         done = terminated | truncated
         info: dict[str, Any] = {}
-        finished = self._xp.where(done)[0]  # on a GPU, the one place where a step waits for the device
-        if len(finished):
-            info = self._final_info(finished, done, terminated)
+        if self._xp is torch:  # a fixed sequence of kernels, which waits for nothing
+            info = self._final_info(done, terminated)
+            self._replace(done)
+        elif done.any():
+            info = self._final_info(done, terminated)
+            finished = np.flatnonzero(done)
             self._place(finished, *self._pool.draw(len(finished)))
         self._pool.refill()
         return self._observe(), _to_torch(reward), _to_torch(terminated), _to_torch(truncated), info | self._pool.info()
@@ -815,18 +940,28 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def _move(self, actions: Any) -> tuple[Any, Any, Any]:
         """The rules, for all environments at once: reward, terminated, truncated, (N,) each; boards change in place."""
         xp = self._xp
-        actions = self._check_actions(actions)
-        at = self._player + self._three * self._strides[actions]  # (3, N): the player, the cell ahead, the one behind
+        stride = self._strides[self._check_actions(actions)]
+        at = self._player + self._three * stride  # (3, N): the player, the cell ahead, the one behind
         before = self._flat[at]
-        case = xp.asarray((before[0] - PLAYER) * 49 + before[1] * 7 + before[2], dtype=xp.int64)  # which of `_CASES`
-        cells = self._next_cells.take(case + 98 * self._three)
+        if xp is np:
+            case = ((before[0] - PLAYER) * 49 + before[1] * 7 + before[2]).astype(np.int64)  # which of `_CASES`
+            cells = self._next_cells.take(case + 98 * self._three)
+            self._player[:] = np.where(self._moved[case], at[1], at[0])
+            gain, reward = self._gain[case], self._reward[case]
+            self._loose -= gain
+            self._steps += 1
+            terminated = self._loose == 0
+            reward = np.where(terminated & (gain > 0), reward + SOLVED_REWARD, reward)
+        else:  # the same in fewer kernels
+            case = (before * self._place_value).sum(0) - 49 * PLAYER
+            cells = self._next_cells[:, case]
+            changes = self._changes[:, case]
+            changes[0] *= stride
+            self._episode[:3] += changes
+            terminated = self._loose == 0
+            reward, bonus = self._pay[:, case]
+            reward += bonus * terminated
         self._flat[at] = cells
-        self._player = xp.where(self._moved[case], at[1], at[0])
-        gain, reward = self._gain[case], self._reward[case]
-        self._loose -= gain
-        self._steps += 1
-        terminated = self._loose == 0
-        reward = xp.where(terminated & (gain > 0), reward + SOLVED_REWARD, reward)
         self._return += reward
         truncated = (self._steps >= self.max_episode_steps) & ~terminated
         if self._image is not None:
@@ -836,8 +971,12 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             # A row above or below all boards is, modulo their number, another border: wall on wall.
             row = at // self.width % (self.num_envs * self.height)
             self._image[row, :, at % self.width] = self._blocks[cells]
-        if self._past:
+        if self._past and xp is np:
             self._past.append(self._past.pop(0))
+        elif self._past:  # in place, for a CUDA graph
+            for past, following in itertools.pairwise(self._past):
+                past.copy_(following)
+        if self._past:
             self._past[-1][:] = self._frame
         return reward, terminated, truncated
 
@@ -848,10 +987,13 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         actions = np.asarray(_to_numpy(actions)) if xp is np else torch.as_tensor(actions, device=self.device)
         if actions.shape != (self.num_envs,) or actions.dtype in (xp.float32, xp.float64, xp.bool):
             raise ValueError(f"actions must be {self.num_envs} integers, got {actions.dtype} {tuple(actions.shape)}")
-        wrong = (actions < 0) | (actions > RIGHT)
         if self.device.type != "cpu":  # without waiting for the device
-            torch._assert_async(~wrong.any(), "an action is out of range, actions are 0 to 4")
-        elif wrong.any():
+            torch._assert_async(
+                (actions.clamp(0, RIGHT) == actions).all(), "an action is out of range, they are 0 to 4"
+            )
+            return actions.long()
+        wrong = (actions < 0) | (actions > RIGHT)
+        if wrong.any():
             i = int(xp.where(wrong)[0][0])
             raise ValueError(f"action {int(actions[i])} of environment {i} is out of range, actions are 0 to 4")
         return xp.asarray(actions, dtype=xp.int64)
@@ -862,36 +1004,55 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         flat = boards.reshape(len(boards), -1)
         self._board[rows] = boards
         self._player[rows] = rows * flat.shape[1] + flat.argmax(1)  # the player's value is the highest
-        self._loose[rows] = (flat == BOX).sum(1)
+        self._loose[rows] = loose = (flat == BOX).sum(1)
+        self._boxes[rows] = loose + (flat == BOX_ON_TARGET).sum(1)
         self._steps[rows] = self._return[rows] = 0
         self._level[rows] = number
         if self._image is not None:
-            pixels = xp.moveaxis(self._blocks[xp.asarray(boards, dtype=xp.int64)], 3, 2)  # (..., H, s, W, s, 3)
-            self._frame[rows] = pixels.reshape(-1, *self._frame.shape[1:])
+            self._frame[rows] = self._pictures(boards)
         for past in self._past:
             past[rows] = self._frame[rows]
+
+    def _pictures(self, boards: Any) -> Any:
+        pixels = self._xp.moveaxis(self._blocks[self._xp.asarray(boards, dtype=self._xp.int64)], 3, 2)
+        return pixels.reshape(-1, *self._frame.shape[1:])  # from (..., H, s, W, s, 3)
+
+    def _replace(self, done: torch.Tensor) -> None:
+        """`_place` fresh levels under a mask (N,), without waiting for the device."""
+        boards, episode = self._pool.draw_masked(done)
+        episode[0] += self._rows * boards[0].numel()
+
+        def put(new: torch.Tensor, old: torch.Tensor) -> None:
+            torch.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old, out=old)
+
+        put(boards, self._board)
+        torch.where(done, episode, self._episode, out=self._episode)
+        self._return.masked_fill_(done, 0)
+        if self._image is not None:
+            put(self._pictures(boards), self._frame)
+        for past in self._past:
+            put(self._frame, past)
 
     def _observe(self) -> torch.Tensor:
         if self._past:
             return _to_torch(self._xp.stack(self._past, 1))
         return _to_torch(self._xp.asarray(self._frame, copy=True) if self.copy else self._frame)
 
-    def _final_info(self, finished: Any, done: Any, terminated: Any) -> dict[str, Any]:
+    def _final_info(self, done: Any, terminated: Any) -> dict[str, Any]:
         """What gymnasium's same-step autoreset reports of the episodes that have just ended."""
-        xp = self._xp
+        xp, mask = self._xp, _to_torch(done)
         last = xp.stack(self._past, 1) if self._past else xp.asarray(self._frame, copy=True)
-        boxes = xp.zeros_like(self._loose)
-        boxes[finished] = (self._board[finished] == BOX_ON_TARGET).sum((1, 2))
-        mask, total = _to_torch(done), xp.asarray(self._return, dtype=xp.float32)
+        _, loose, steps, level, boxes = self._episode * done
+        total = xp.asarray(self._return * done, dtype=xp.float32)
 
         def masked(**values: Any) -> dict[str, Any]:
             return {k: v for name, value in values.items() for k, v in ((name, _to_torch(value)), (f"_{name}", mask))}
 
         final_info = masked(
             success=xp.asarray(terminated, copy=True),
-            boxes_on_target=boxes,
-            level=xp.where(done, self._level, 0),
-            episode=masked(r=xp.where(done, total, 0), l=xp.where(done, self._steps, 0)),
+            boxes_on_target=boxes - loose,
+            level=level,
+            episode=masked(r=total, l=steps),
         )
         return masked(final_obs=last, final_info=final_info)
 
