@@ -150,6 +150,7 @@ def _parse_row(line: str, place: str) -> list[str] | None:
 def _parse_levels(text: str, name: str) -> list[np.ndarray]:
     """Every level of a text as a board of its own size; `name` stands before the line in errors."""
     if "<L>" in text:  # an .slc collection
+        text = re.sub(r"</Level>(?=[^\n]*<L>)", "</Level>\n\n", text)
         text = "\n".join(html.unescape("|".join(re.findall("<L>(.*?)</L>", line))) for line in text.splitlines())
     levels, places, rows = [], [], []
     lines = [*text.splitlines(), ""]
@@ -164,14 +165,14 @@ def _parse_levels(text: str, name: str) -> list[np.ndarray]:
             raise ValueError(f"{name}:{number}:1: a row inside a level, with no wall at either end")
         elif rows:  # a blank line, a comment or a title ends the level
             for part in _split_level(rows):
-                levels.append([row for _, row in part])
+                levels.append(part)
                 places.append(f"{name}:{part[0][0]}")
             rows = []
     if not levels:
         return []
-    shapes = [(len(rows), max(map(len, rows))) for rows in levels]
+    shapes = [(len(rows), max(len(row) for _, row in rows)) for rows in levels]
     height, width = (max(axis) for axis in zip(*shapes, strict=True))
-    lines = [line.ljust(width) for rows in levels for line in rows + [""] * (height - len(rows))]
+    lines = [row.ljust(width) for rows in levels for _, row in rows + [(0, "")] * (height - len(rows))]
     values = np.frombuffer("".join(lines).translate(_CELL_OF_CHAR).encode(), dtype=np.uint8)
     boards = np.full((len(levels), height + 2, width + 2), FLOOR, dtype=np.uint8)  # with a rim of outside around each
     boards[:, 1:-1, 1:-1] = values.reshape(len(levels), height, width)
@@ -179,13 +180,10 @@ def _parse_levels(text: str, name: str) -> list[np.ndarray]:
     outside = _flood(np, boards.ravel() != WALL, corners, width + 2, boards[0].size)[0].reshape(boards.shape)
     for i in np.flatnonzero((outside & (boards != FLOOR)).any((1, 2)))[:1]:
         if (outside & (boards >= PLAYER))[i].any():
-            raise ValueError(
-                f"{places[i]}: the level is not closed, a wall between the player and the outside is missing"
-            )
+            raise ValueError(f"{places[i]}: the level is not closed: no wall between the player and the outside")
         row, column = np.argwhere((outside & (boards != FLOOR))[i])[0]
-        raise ValueError(
-            f"{places[i]}: row {row}, column {column} of the level: {levels[i][row - 1][column - 1]!r} is outside the walls"
-        )
+        number, text = levels[i][row - 1]
+        raise ValueError(f"{name}:{number}:{column}: {text[column - 1]!r} is outside the walls")
     boards[outside] = WALL
     solved = ~(boards == BOX).any((1, 2))
     _check_boards(boards, places, unsolved=bool(solved.all()))
@@ -375,7 +373,7 @@ def _generate(
     solve: bool,
     max_pulls: int | None = None,
 ) -> Iterator:
-    """Make batches of levels, side by side, in small slices of work: yields None after each, and in the end (boards, solutions).
+    """Make batches of levels side by side, in slices of work: yields None after each, in the end (boards, solutions).
 
     The paper's appendix: (1) a random walk carves the room, (2) targets and the player fall on random floor cells,
     (3) the level is played backwards from its solution, pulling boxes, and the position with the best (box swaps) ×
@@ -739,11 +737,12 @@ def generate_levels(
     `exclude_levels`). A ValueError names a size or number of boxes that can't be generated, or says that there are
     fewer levels than asked for.
 
-    With `max_pulls` the levels stand that many pulls of the generator's reverse play before their end at most, some
-    boxes on their targets and the player beside the box that it is to push: what a model of rewards and ends learns from.
+    With `max_pulls` the levels stand at most that many pulls of the generator's reverse play before their end, some
+    boxes on their targets and the player beside the box that it is to push: a model of rewards and ends learns from it.
     """
     height, width = _check_size(size)
     num_levels, num_boxes, seed = map(operator.index, (num_levels, num_boxes, seed))
+    max_pulls = None if max_pulls is None else operator.index(max_pulls)
     _check_generator(height, width, num_boxes)
     device = _check_device(device)
     xp, found, batch, barren = np if device.type == "cpu" else torch, {}, 0, 0
@@ -784,10 +783,11 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         exclude: levels, as in `levels`, that the generator must not hand out: those of an evaluation.
 
     `step` returns tensors on `device`: observation (N, ...), reward (N,) float32, terminated (N,) and truncated (N,)
-    bool (a level solved in its last step is terminated, not truncated), and info. When episodes end, info holds
-    - `final_obs` (N, ...): what the step led to, before any reset: of the environments in the mask `_final_obs` (N,) the
-      last observation of the episode, of the others what `step` returns. So `info.get("final_obs", observation)` is the
-      true next observation of every row;
+    bool (a level solved in its last step is terminated, not truncated), and info. When episodes end (on the torch
+    backend, which does not wait to learn that: always) info holds
+    - `final_obs` (N, ...): what the step led to, before any reset: the last observation of the episode where the mask
+      `_final_obs` (N,) is True, elsewhere what `step` returns. So `info.get("final_obs", observation)` is the true next
+      observation of every row;
     - `final_info`: a dict of (N,) tensors, each with its mask `_...` (N,): `success`, `boxes_on_target`, `level` (index
       in `levels`, serial number of a generated one, or -1), and `episode`, a dict of `r` (return) and `l` (length).
     With generated levels, info["level_repeats"] is the share of levels so far that had been handed out before.
@@ -846,16 +846,19 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
-        self._strides, self._three = map(self._own, (np.array([0, -width, width, -1, 1]), np.arange(3)[:, None]))
+        strides, three = np.array([0, -width, width, -1, 1]), np.arange(3)[:, None]
         if xp is np:
+            self._strides, self._three = strides, three
             self._next_cells, self._moved, self._gain, self._reward = _NEXT_CELLS, _MOVED, _GAIN, _REWARD
         else:
             changes = np.stack(
                 [_MOVED, -_GAIN, np.ones_like(_GAIN)]
             )  # of position (in strides), boxes off target, steps
             pay = np.stack([_REWARD, np.float32(SOLVED_REWARD) * (_GAIN > 0)])  # at once, and if that solves the level
-            tables = _NEXT_CELLS.reshape(3, 98), changes, pay, np.array([[49], [7], [1]])
-            self._next_cells, self._changes, self._pay, self._place_value = map(self._own, tables)
+            tables = _NEXT_CELLS.reshape(3, 98), changes, pay.astype(np.float32)
+            tables = [np.pad(table, ((0, 0), (49 * PLAYER, 0))) for table in tables]  # their first case is player 5
+            tables += [strides * three, np.array([[49], [7], [1]])]
+            self._next_cells, self._changes, self._pay, self._strides, self._place_value = map(self._own, tables)
         self._flat = xp.zeros(num_envs * height * width + width, dtype=xp.uint8, **on)
         self._rows = xp.arange(num_envs, **on)
         # rows of (N,): position, boxes off target, steps, number of the level, boxes
@@ -940,10 +943,12 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def _move(self, actions: Any) -> tuple[Any, Any, Any]:
         """The rules, for all environments at once: reward, terminated, truncated, (N,) each; boards change in place."""
         xp = self._xp
-        stride = self._strides[self._check_actions(actions)]
-        at = self._player + self._three * stride  # (3, N): the player, the cell ahead, the one behind
-        before = self._flat[at]
+        actions = self._check_actions(actions)
         if xp is np:
+            at = (
+                self._player + self._three * self._strides[actions]
+            )  # (3, N): the player, the cell ahead, the one behind
+            before = self._flat[at]
             case = ((before[0] - PLAYER) * 49 + before[1] * 7 + before[2]).astype(np.int64)  # which of `_CASES`
             cells = self._next_cells.take(case + 98 * self._three)
             self._player[:] = np.where(self._moved[case], at[1], at[0])
@@ -953,17 +958,20 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             terminated = self._loose == 0
             reward = np.where(terminated & (gain > 0), reward + SOLVED_REWARD, reward)
         else:  # the same in fewer kernels
-            case = (before * self._place_value).sum(0) - 49 * PLAYER
+            strides = self._strides[:, actions]
+            at = self._player + strides
+            before = self._flat[at]
+            case = (before * self._place_value).sum(0)
             cells = self._next_cells[:, case]
             changes = self._changes[:, case]
-            changes[0] *= stride
-            self._episode[:3] += changes
+            changes[0].mul_(strides[1])
+            self._episode[:3].add_(changes)
             terminated = self._loose == 0
             reward, bonus = self._pay[:, case]
             reward += bonus * terminated
         self._flat[at] = cells
         self._return += reward
-        truncated = (self._steps >= self.max_episode_steps) & ~terminated
+        truncated = (self._steps >= self.max_episode_steps) > terminated
         if self._image is not None:
             # Only what changed, where asking is cheap: the pixels of a cell are spread over memory that no cache holds.
             drawn = cells != before if xp is np else slice(None)
@@ -1000,7 +1008,6 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
 
     def _place(self, rows: Any, boards: Any, number: Any) -> None:
         """Put boards (len(rows), H, W) into environments `rows`, as new episodes."""
-        xp = self._xp
         flat = boards.reshape(len(boards), -1)
         self._board[rows] = boards
         self._player[rows] = rows * flat.shape[1] + flat.argmax(1)  # the player's value is the highest
@@ -1020,7 +1027,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def _replace(self, done: torch.Tensor) -> None:
         """`_place` fresh levels under a mask (N,), without waiting for the device."""
         boards, episode = self._pool.draw_masked(done)
-        episode[0] += self._rows * boards[0].numel()
+        episode[0].add_(self._rows, alpha=boards[0].numel())
 
         def put(new: torch.Tensor, old: torch.Tensor) -> None:
             torch.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old, out=old)
@@ -1055,6 +1062,10 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             episode=masked(r=total, l=steps),
         )
         return masked(final_obs=last, final_info=final_info)
+
+    def refill(self) -> None:
+        """Put fresh levels where the pool's are used up. `step` does it by itself; for steps inside a CUDA graph."""
+        self._pool.fill()
 
     def get_state(self, *, pool: bool = True) -> dict[str, Any]:
         """A copy of all that the future depends on: tensors, numbers and strings, fit for torch.save.

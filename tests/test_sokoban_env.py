@@ -10,9 +10,15 @@ Shapes: `N` environments, `L` levels, `K` boxes, `H, W` board, `T` steps.
 
 import copy
 import functools
+import hashlib
 import io
 import itertools
+import os
+import pathlib
+import pickle
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from typing import Any, NamedTuple
@@ -189,6 +195,14 @@ def assert_same(one: Any, other: Any, where: str = "output") -> None:
         assert one == other, where
 
 
+def nothing_ended(info: dict, others: set[str] = frozenset()) -> bool:
+    """Whether info reports the end of no episode, besides `others`; the torch backend always has the names for it."""
+    ends = {"final_obs", "_final_obs", "final_info", "_final_info"}
+    return info.keys() - ends == others and not any(
+        info[name].any() for name in info.keys() & {"_final_obs", "_final_info"}
+    )
+
+
 def play(envs: SokobanVectorEnv, actions: np.ndarray) -> list[tuple]:
     """Everything that `step` returns over actions (T, N)."""
     return [envs.step(row) for row in actions]
@@ -202,7 +216,7 @@ def random_actions(seed: int, steps: int, num_envs: int) -> np.ndarray:
 
 
 def check_final_info(info: dict, ended: list[int], games: list[ScalarSokoban], frames: np.ndarray) -> None:
-    """`final_obs` and `final_info` of the games in `ended`, whose last observations are `frames`."""
+    """`final_obs` and `final_info` of the games in `ended`; `frames` (N, ...) is what the step led to in every game."""
     mask = np.zeros(len(games), dtype=bool)
     mask[ended] = True
     final = info["final_info"]
@@ -287,12 +301,12 @@ def compare_with_scalar(
         assert np.abs(reward.numpy() - rewards).max() < 2e-6, where
         assert terminated.tolist() == ends and truncated.tolist() == cuts, where
         if ended:
-            check_final_info(info, ended, games, expected[ended])
+            check_final_info(info, ended, games, expected)
             seen.update(f"level {games[i].level}" for i in ended)
             for i in ended:
                 start(i, observation[i].numpy())
         else:
-            assert info.keys() == names, where
+            assert nothing_ended(info, names), where
         assert np.array_equal(observation.numpy(), expected), where
         seen.update(rewards)
         seen["solved"] += sum(ends)
@@ -442,7 +456,7 @@ def test_every_move_push_and_block(action: int, backend: str):
     for (line, _, _), cells, expected in zip(LINES, observation.numpy(), after, strict=True):
         assert np.array_equal(cells, expected), line
     np.testing.assert_allclose(reward.numpy(), [value for _, _, value in LINES], atol=1e-6)
-    assert not terminated.any() and not truncated.any() and info == {}
+    assert not terminated.any() and not truncated.any() and nothing_ended(info)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -493,7 +507,7 @@ def test_rewards_and_ends(start: str, actions: str, limit: int, rewards: list[fl
         assert episode["l"].item() == len(rewards)
         assert info["final_info"]["success"].item() == (end == "terminated")
     else:
-        assert info == {}
+        assert nothing_ended(info)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -643,6 +657,32 @@ def test_endless_levels_look_like_deepminds(backend: str):
     check_bands(check_levels(levels, 4), errors=3)
 
 
+@pytest.mark.parametrize("max_pulls", [1, 3, 6])
+def test_levels_a_few_pulls_before_their_end(max_pulls: int):
+    levels, solutions = generate_levels(200, size=7, num_boxes=2, seed=3, max_pulls=max_pulls)
+    pushes = [sum(letter.isupper() for letter in solution) for solution in solutions]
+    assert min(pushes) == 1 and max(pushes) == max_pulls
+    assert len({level.numpy().tobytes() for level in levels}) == 200
+    if max_pulls > 1:
+        assert (levels == 4).any()  # boxes on their targets, which other levels do not have
+    for level, solution in zip(levels.numpy(), solutions, strict=True):
+        game = ScalarSokoban(level)
+        for i, letter in enumerate(solution):
+            assert not game.solved and solution[0].isupper()  # the player stands beside its first box
+            *_, changed = game.step(ACTION_OF_LETTER[letter.lower()])
+            assert len(changed) == (3 if letter.isupper() else 2), i
+        assert game.solved
+
+
+def test_the_levels_of_a_seed_stay_the_same():
+    levels, solutions = generate_levels(50, size=7, num_boxes=2, seed=3)
+    digest = hashlib.sha256(levels.numpy().tobytes() + "".join(solutions).encode()).hexdigest()
+    assert digest[:16] == "39b0385b04085f09"
+    envs = SokobanVectorEnv(16, size=6, num_boxes=1, max_episode_steps=2)
+    boards = [envs.reset(seed=9)[0], *(envs.step([0] * 16)[0] for _ in range(60))]
+    assert hashlib.sha256(torch.stack(boards).numpy().tobytes()).hexdigest()[:16] == "02dbfff869d0ca04"
+
+
 def test_both_backends_generate_the_same_levels():
     levels = [SokobanVectorEnv(300, size=(6, 9), num_boxes=2, backend=backend).reset(seed=3)[0] for backend in BACKENDS]
     check_levels(levels[0].numpy(), 2)
@@ -729,9 +769,8 @@ def test_levels_do_not_repeat_where_demand_is_modest(num_envs: int, steps: int, 
     assert len(starts) >= num_envs * steps // limit and len(set(numbers)) == len(numbers)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_levels_repeat_where_demand_outruns_the_generator(backend: str):
-    envs = SokobanVectorEnv(16, num_boxes=3, max_episode_steps=1, backend=backend)
+def test_levels_repeat_where_demand_outruns_the_generator():
+    envs = SokobanVectorEnv(16, num_boxes=3, max_episode_steps=1, backend="numpy")
     observation, info = envs.reset(seed=2)
     starts, shares = [observation], []
     for _ in range(400):
@@ -763,8 +802,7 @@ def test_autoreset_by_hand(backend: str):
     assert info["final_info"]["episode"]["r"].tolist() == pytest.approx([10.8, -0.2])
     for row in observation.numpy():  # nothing of the old episode in any frame of the new one
         assert any(np.array_equal(row, [board] * 3) for board in (one, two))
-    info = envs.step([0, 0])[4]
-    assert info == {}
+    assert nothing_ended(envs.step([0, 0])[4])
 
 
 def make_maker(pool: str, backend: str, kind: str, stack: int) -> Any:
@@ -983,6 +1021,55 @@ def test_a_view_holds_until_the_next_step(backend: str, kind: str, stack: int):
     assert torch.equal(views.set_state(state), view if stack == 1 else expected)
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda env: pickle.loads(pickle.dumps(env))])
+@pytest.mark.parametrize(("kind", "stack"), [("cells", 1), ("tiny_rgb", 3), ("rgb", 1)])
+@pytest.mark.parametrize("pool", ["fixed", "endless"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_goes_on_alike_and_by_itself(backend: str, pool: str, kind: str, stack: int, how: Any):
+    envs = make_maker(pool, backend, kind, stack)()
+    assert_same(how(envs).reset(seed=4), envs.reset(seed=4))
+    for chunk in range(3):
+        play(envs, random_actions(chunk, 37, 16))
+        twin, other = how(envs), how(envs)
+        play(other, random_actions(9, 20, 16))  # must not touch the two
+        actions = random_actions(100 + chunk, 40, 16)
+        assert_same(play(twin, actions), play(envs, actions))
+        assert_same(twin.get_state(), envs.get_state())
+        assert_same(twin.reset(), envs.reset())
+        twin.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hundred_copies_of_a_running_environment(backend: str):
+    env = gym.make("Sokoban-v0", size=5, num_boxes=1, max_episode_steps=15, backend=backend)
+    env.reset(seed=1)
+    actions = np.random.default_rng(1).integers(5, size=(107, 1))[:, 0].tolist()
+
+    def played(env: gym.Env, actions: list[int]) -> list[Any]:
+        outputs = []
+        for action in actions:
+            outputs.append(env.step(action))
+            if outputs[-1][2] or outputs[-1][3]:
+                outputs.append(env.reset())
+        return outputs
+
+    played(env, actions[:7])  # in the middle of an episode
+    copies = [copy.deepcopy(env) for _ in range(100)]
+    expected = played(env, actions[7:])
+    for twin in copies:
+        assert_same(played(twin, actions[7:]), expected)
+
+
+def test_a_copy_with_half_a_batch_of_levels_made():
+    envs = SokobanVectorEnv(32, num_boxes=3, max_episode_steps=3)
+    envs.reset(seed=6)
+    while not envs._pool.slices:
+        envs.step([0] * 32)
+    assert envs._pool.work is not None
+    twin, actions = copy.deepcopy(envs), random_actions(2, 60, 32)
+    assert_same(play(twin, actions), play(envs, actions))
+
+
 def test_what_the_single_environment_returned_never_changes():
     for kind in KINDS:
         env = SokobanEnv(size=6, num_boxes=1, observation=kind)
@@ -1098,6 +1185,109 @@ def test_texts_and_padded_boards_as_levels():
     envs = SokobanVectorEnv(2, size=9, levels=texts)
     observation, _ = envs.reset(seed=1, options={"level_indices": [0, 1]})
     assert np.array_equal(observation.numpy(), [pad(text_to_cells(text), 9, 9) for text in texts])
+
+
+LEVEL_ROWS = ("#####", "#@$.#", "#   #", "#####")
+LEVEL = "\n".join(LEVEL_ROWS)
+BOARD = to_board(*LEVEL_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("\ufeff" + LEVEL, 1),  # a byte-order mark
+        ("\ufeff#####\n" + LEVEL[6:], 1),
+        (f"{LEVEL}\n\n5#\n#@$.#\n#3-#\n5#\n\n{LEVEL}", 3),  # run-length rows between plain ones
+        ("5#|#@$.#|#3 #|5#", 1),
+        ("#####|#@$.#|#---#|#####\nTitle: several on a line", 1),
+        ("#####\n#pbo#\n#   #\n#####", 1),
+        (f"Set: one\nDate: 2001\n\n{LEVEL}\nTitle: a\nAuthor: b\n\n:: another collection\n\n{LEVEL}\nComment: c\n", 2),
+        (f"----------\n{LEVEL}\n____\n", 1),  # rules
+        (f"{LEVEL}\n-----\n{LEVEL}\n", 2),
+        (f"*****\n{LEVEL}\n*****\n{LEVEL}\n.....\n", 2),
+        (
+            '<?xml version="1.0"?>\n<SokobanLevels><LevelCollection><Level Id="1">\n'
+            + "".join(f"<L>{row}</L>\n" for row in LEVEL_ROWS)
+            + "</Level><Level>"
+            + "".join(f"<L>{row}</L>" for row in LEVEL_ROWS)
+            + "\n</Level></LevelCollection></SokobanLevels>",
+            2,
+        ),
+    ],
+)
+def test_level_files_as_the_sokoban_world_writes_them(text: str, count: int, tmp_path: Any):
+    path = tmp_path / "levels.sok"
+    path.write_text(text, encoding="utf-8")
+    assert np.array_equal(load_levels(path).numpy(), [BOARD] * count)
+
+
+def test_an_empty_row_inside_a_level_and_the_letters_on_targets():
+    text = "#######\n#  $  #\n#@ . *#\n#######\n-------\n#######"
+    assert text_to_cells(text).shape == (6, 7)
+    assert np.array_equal(text_to_cells("#####\n#PbB#\n#####"), to_board("#####", "#+$*#", "#####"))
+
+
+def test_what_is_skipped_is_named(tmp_path: Any):
+    (tmp_path / "A.TXT").write_bytes(f"Author: Jos\xe9\n{LEVEL}".encode("latin-1"))
+    (tmp_path / "README.txt").write_text("# About these levels\n")
+    (tmp_path / "._A.TXT").write_bytes(b"\0\5\x16\7\0#")
+    with pytest.warns(UserWarning) as caught:
+        assert np.array_equal(load_levels(tmp_path).numpy(), [BOARD])
+    names = [str(warning.message) for warning in caught]
+    assert (
+        len(names) == 2 and any("README.txt:1:3" in name for name in names) and any("._A.TXT" in name for name in names)
+    )
+    path = tmp_path / "some.txt"
+    path.write_text(f"{LEVEL}\n\n#####\n#@* #\n#####\n\n{LEVEL}")
+    with pytest.warns(UserWarning, match=r"some\.txt:6: .*solved already"):
+        assert len(load_levels(path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "fault"),
+    [
+        ("#####\n#@$.#\n#####\n  *  \n\n", None, ""),  # outside, in a row of its own
+        ("   .#####\n    #@$.#\n    #####", ":1:4", "'.' is outside the walls"),
+        ("#####\n#@$.#\n @ . \n#####", ":3:1", "no wall at either end"),
+        ("5#\n#@$x#\n5#", ":2:4", "unknown character 'x'"),
+        ("5#\n2#x2#\n5#", ":2:3", "unknown character 'x'"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(text: str, place: str | None, fault: str, tmp_path: Any):
+    path = tmp_path / "bad.txt"
+    path.write_text(text)
+    if place is None:
+        assert load_levels(path).shape == (1, 3, 5)
+        return
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}{place}: .*{re.escape(fault)}"):
+        load_levels(path)
+
+
+def test_the_tool_takes_solutions_of_all_kinds(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    tool = [sys.executable, str(pathlib.Path(sokoban_env.__file__).parent / "tools" / "sokoban.py")]
+    level = "########\n#@  $ .#\n########\n"
+    (tmp_path / "levels.txt").write_text(f"{level}\n" * 4)
+
+    def check(solutions: str) -> subprocess.CompletedProcess:
+        (tmp_path / "solutions.txt").write_text(solutions)
+        return subprocess.run(
+            [*tool, "check", "levels.txt", "solutions.txt"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    result = check("rrRR\nrrrr\n2r2R\n4r\n")
+    assert result.returncode == 0 and "4 of 4" in result.stdout
+    result = check("rrRR\nrrrR\n2r2R\n4r\n")
+    assert result.returncode == 1 and "lower case" in result.stderr
+    result = check("rrRR\nrrrr\n2r2R\n4x\n")
+    assert result.returncode == 1 and "solutions.txt:4:1: unknown character '4'" in result.stderr
+    for command in ([], ["play"], ["generate"], ["render"], ["check"]):
+        environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+        result = subprocess.run([*tool, *command, "--help"], env=environment, capture_output=True, check=False)
+        assert result.returncode == 0 and result.stdout, result.stderr
+    (tmp_path / "curses.py").write_text("raise ImportError")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([*tool, "play"], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "windows-curses" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3), (0,)])
@@ -1266,7 +1456,7 @@ def test_more_levels_than_there_are():
         ({"observation": "pixels"}, "'pixels'.*cells, tiny_rgb, rgb"),
         ({"device": "nonsense"}, "device 'nonsense'"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),
-        ({"render_mode": "human"}, "'human'.*rgb_array.*ansi"),
+        ({"render_mode": "pixels"}, "'pixels'.*rgb_array.*ansi"),
         ({"backend": "jax"}, "'jax'"),
         ({"max_episode_steps": 0}, "max_episode_steps is 0"),
         ({"frame_stack": 0}, "frame_stack is 0"),
@@ -1276,6 +1466,28 @@ def test_bad_arguments(arguments: dict, fault: str):
     for make in (lambda: SokobanVectorEnv(2, **arguments), lambda: SokobanEnv(**arguments)):
         with pytest.raises(ValueError, match=fault):
             make()
+
+
+def test_numpy_integers():
+    envs = SokobanVectorEnv(
+        np.int64(2),
+        size=(np.int64(6), np.uint8(7)),
+        num_boxes=np.int32(1),
+        max_episode_steps=np.int64(3),
+        frame_stack=np.int8(2),
+    )
+    observation, _ = envs.reset(seed=np.int64(5))
+    plain = SokobanVectorEnv(2, size=(6, 7), num_boxes=1, max_episode_steps=3, frame_stack=2)
+    assert_same(observation, plain.reset(seed=5)[0])
+    assert_same(
+        SokobanEnv(size=np.int64(6), num_boxes=1).reset(seed=np.int64(5)), SokobanEnv(size=6, num_boxes=1).reset(seed=5)
+    )
+    levels = generate_levels(
+        np.int64(4), size=np.int64(6), num_boxes=np.int64(1), seed=np.int64(2), max_pulls=np.int64(3)
+    )
+    assert_same(levels, generate_levels(4, size=6, num_boxes=1, seed=2, max_pulls=3))
+    with pytest.raises(TypeError):
+        SokobanVectorEnv(2, size=6.0)
 
 
 def test_more_bad_arguments():
@@ -1377,22 +1589,112 @@ def test_spaces(kind: str, stack: int):
     observations = [env.reset(seed=1)[0], env.step(1)[0]]
     assert all(observation in env.observation_space for observation in observations)
     observations = [envs.reset(seed=1)[0], envs.step(envs.action_space.sample())[0]]
-    assert all(observation.numpy() in envs.observation_space for observation in observations)
+    assert all(observation in envs.observation_space for observation in observations)
 
 
 @pytest.mark.filterwarnings("error")
 def test_make_vec():
     envs = gym.make_vec("Sokoban-v0", num_envs=5, size=7, num_boxes=2)
     assert isinstance(envs.unwrapped, SokobanVectorEnv) and envs.num_envs == 5
-    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
+    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
+    assert SokobanVectorEnv.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
     observation, _ = envs.reset(seed=1)
-    assert torch.equal(observation, SokobanVectorEnv(5, size=7, num_boxes=2).reset(seed=1)[0])
+    assert np.array_equal(observation, SokobanVectorEnv(5, size=7, num_boxes=2).reset(seed=1)[0].numpy())
     ends = [t for t in range(1, 245) if envs.step([0] * 5)[3].all()]
-    assert ends == [120, 240]
+    assert ends == [120, 241]  # after the first a step resets
     envs = gym.make_vec("Sokoban-v0", num_envs=2, vectorization_mode="sync", size=7, num_boxes=2)
     observation, _ = envs.reset(seed=1)
     assert isinstance(observation, np.ndarray) and observation.shape == (2, 7, 7)
     assert envs.step(np.array([1, 2]))[0].shape == (2, 7, 7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stack", [1, 3])
+@pytest.mark.parametrize("mode", list(gym.vector.AutoresetMode))
+def test_make_vec_equals_gymnasiums_own_vector_of_single_ones(mode: Any, stack: int, backend: str):
+    boards = [to_board("#######", "#@$ . #", "#######"), to_board("#######", "#@$.  #", "#  $ .#", "#######")]
+    for board, limit in itertools.product(boards, (4, 7)):
+        settings = {"size": (4, 7), "levels": [board], "frame_stack": stack, "max_episode_steps": limit}
+        theirs = gym.make_vec(
+            "Sokoban-v0", 16, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode}, **settings
+        )
+        ours = gym.make_vec("Sokoban-v0", 16, autoreset_mode=mode, backend=backend, **settings)
+        assert ours.metadata["autoreset_mode"] == mode
+        assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
+        assert_equal_vectors(ours.reset(seed=1), theirs.reset(seed=1))
+        rng, both = np.random.default_rng(1), 0
+        for _ in range(60):
+            actions = rng.choice([0, 2, 4, 4, 4, 4], size=16)
+            one, other = ours.step(actions), theirs.step(actions)
+            assert_equal_vectors(one, other)
+            ended = one[2] | one[3]
+            both += (one[2] & one[3]).sum()
+            if mode == gym.vector.AutoresetMode.DISABLED and ended.any():
+                with pytest.raises(gym.error.ResetNeeded):
+                    ours.step(actions)
+                assert_equal_vectors(*(envs.reset(options={"reset_mask": ended}) for envs in (ours, theirs)))
+        if board is boards[1] and limit == 7:
+            continue
+        assert both or limit == 7  # a level solved in its very last step is both, as TimeLimit has it
+
+
+def assert_equal_vectors(one: Any, other: Any, where: str = "output") -> None:
+    """As `assert_same`, for what vector environments return: arrays of the same values and kinds of numbers."""
+    if isinstance(other, dict):
+        assert one.keys() == other.keys(), where
+        for key in other:
+            assert_equal_vectors(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(other, tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal_vectors(*pair, f"{where}[{i}]")
+    elif isinstance(other, np.ndarray) and other.dtype == object:
+        assert one.dtype == object and [x is None for x in one] == [x is None for x in other], where
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True) if a is not None), where
+    else:
+        assert isinstance(one, np.ndarray) and one.dtype.kind == other.dtype.kind, where
+        assert one.shape == other.shape and np.allclose(one, other, atol=1e-6), where
+
+
+VECTOR_WRAPPERS = {
+    "RecordEpisodeStatistics": (), "NormalizeReward": (), "NormalizeObservation": (), "FlattenObservation": (),
+    "DtypeObservation": (np.float32,), "DictInfoToList": (), "RescaleObservation": (0.0, 1.0), "ClipReward": (0.0, 1.0),
+    "ReshapeObservation": ((49,),), "TransformReward": (lambda reward: 2 * reward,), "TransformAction": (np.copy,),
+    "TransformObservation": (np.copy,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", list(gym.vector.AutoresetMode))
+@pytest.mark.parametrize("name", VECTOR_WRAPPERS)
+def test_gymnasiums_vector_wrappers(name: str, mode: Any):
+    """Those that apply, in the modes that they allow: they refuse the others for gymnasium's own vector, too."""
+    board = to_board("#######", "#@$ . #", *["#######"] * 5)
+    outputs = []
+    for own in (True, False):
+        chosen = {"autoreset_mode": mode}
+        more = chosen if own else {"vectorization_mode": "sync", "vector_kwargs": chosen}
+        envs = gym.make_vec("Sokoban-v0", 4, size=7, levels=[board], max_episode_steps=4, **more)
+        try:
+            envs = getattr(gym.wrappers.vector, name)(envs, *VECTOR_WRAPPERS[name])
+        except ValueError as e:
+            outputs.append(str(e))
+            continue
+        played = [envs.reset(seed=1)[0]]
+        for actions in np.random.default_rng(1).choice([0, 4, 4], size=(20, 4)):
+            played.append(envs.step(actions))
+            ended = played[-1][2] | played[-1][3]
+            if mode == gym.vector.AutoresetMode.DISABLED and ended.any():
+                played.append(envs.reset(options={"reset_mask": ended})[0])
+        outputs.append([(step[:4] if isinstance(step, tuple) else step) for step in played])
+        # Without autoreset gymnasium's own vector takes the mask out of the options, which misleads this wrapper.
+        if name == "RecordEpisodeStatistics" and mode != gym.vector.AutoresetMode.DISABLED:
+            assert list(envs.length_queue) and max(envs.length_queue) <= 4
+            outputs[-1] += [np.array(envs.length_queue), np.array(envs.return_queue)]
+    one, other = outputs
+    if isinstance(other, str) or isinstance(one, str):
+        assert one == other and mode != gym.vector.AutoresetMode.NEXT_STEP
+    else:
+        assert_equal_vectors(tuple(one), tuple(other))
 
 
 @pytest.mark.filterwarnings("error")
@@ -1478,7 +1780,26 @@ def test_rendering(kind: str):
                 assert np.array_equal(np.stack(frames), [picture(board, "rgb") for board in boards[5:8]])
             env.step(0)
             envs.step([0] * 3)
-    assert env.metadata["render_modes"] == envs.metadata["render_modes"] == ["rgb_array", "ansi"]
+    assert envs.metadata["render_modes"] == ["rgb_array", "ansi"]
+    assert env.metadata["render_modes"] == ["human", "rgb_array", "ansi"]
+
+
+def test_a_window(monkeypatch: pytest.MonkeyPatch):
+    pygame = pytest.importorskip("pygame")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    board = mixed_boards(6, 7, 3)[5]
+    env = gym.make("Sokoban-v0", size=(6, 7), levels=[board], render_mode="human")
+    start = time.perf_counter()
+    env.reset(seed=1)
+    for _ in range(3):
+        env.step(0)
+    assert time.perf_counter() - start > 2.5 / env.metadata["render_fps"]  # a frame for each step, no faster
+    shown = pygame.surfarray.array3d(pygame.display.get_surface()).swapaxes(0, 1)
+    assert np.array_equal(shown[::4, ::4], picture(pad(board, 6, 7), "rgb"))
+    assert copy.deepcopy(env.unwrapped)._window is None
+    env.close()
+    assert pygame.display.get_surface() is None
+    env.close()
 
 
 def test_reset_options_of_the_single_environment():
@@ -1596,7 +1917,8 @@ def test_the_simulated_device_tells_devices_apart(device: SimulatedDevice):
 
 @pytest.mark.parametrize("stack", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_device_gives_the_same(device: SimulatedDevice, kind: str, stack: int):
+def test_another_device_gives_the_same(device: SimulatedDevice, kind: str, stack: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sokoban_env._DevicePool, "SLOTS", 1024)
     boards = list(mixed_boards(6, 7, 3))
     settings = {"size": (6, 7), "levels": boards, "max_episode_steps": 8, "observation": kind, "frame_stack": stack}
     here = SokobanVectorEnv(8, **settings, backend="torch")
@@ -1609,7 +1931,7 @@ def test_another_device_gives_the_same(device: SimulatedDevice, kind: str, stack
             given = torch.from_numpy(actions).to("meta")
             device.waits.clear()
             outputs = there.step(given)
-            assert len(device.waits) <= 1, device.waits  # to learn which episodes ended
+            assert not device.waits
             assert_elsewhere_and_same(outputs, here.step(actions))
             if i == 10:
                 state, shown = there.get_state(), outputs[0].inside
@@ -1621,7 +1943,9 @@ def test_another_device_gives_the_same(device: SimulatedDevice, kind: str, stack
             there.step([5] * 8)
 
 
-def test_another_device_generates_the_same(device: SimulatedDevice):
+def test_another_device_generates_the_same(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sokoban_env._DevicePool, "SLOTS", 256)  # as on the CPU
+    monkeypatch.setattr(sokoban_env._DevicePool, "BATCHES", 3)
     settings = {"size": (6, 5), "num_boxes": 1, "max_episode_steps": 1}
     here = SokobanVectorEnv(16, **settings, backend="torch")
     first = here.reset(seed=1)
@@ -1640,3 +1964,67 @@ def test_another_device_generates_the_same(device: SimulatedDevice):
     envs = SokobanVectorEnv(40, size=(6, 5), levels=levels.inside, max_episode_steps=None)
     envs.reset(seed=1, options={"level_indices": range(40)})
     replay(envs, solutions)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that a GPU would start a kernel for: all but views."""
+
+    VIEWS = (
+        "view",
+        "reshape",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "t",
+        "alias",
+    )
+    VIEWS += ("unbind", "detach", "split", "as_strided", "_unsafe_view", "lift_fresh", "movedim")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name not in self.VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pool", ["fixed", "endless"])
+def test_kernels_of_a_step(device: SimulatedDevice, pool: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sokoban_env._DevicePool, "SLOTS", 512)
+    monkeypatch.setattr(sokoban_env._DevicePool, "BATCHES", 1)
+    levels = list(mixed_boards(6, 6, 2)) if pool == "fixed" else None
+    with device:
+        envs = SokobanVectorEnv(8, size=6, num_boxes=1, levels=levels, max_episode_steps=30, device="meta")
+        envs.reset(seed=1)
+        counts = []
+        for actions in random_actions(1, 31, 8):  # all end in the 30th, at the latest
+            actions = torch.from_numpy(actions).to("meta")
+            device.waits.clear()
+            with Launches() as launches:
+                envs.step(actions)
+            counts.append(len(launches.names))
+            assert not device.waits
+    assert set(counts) == {counts[0]} and counts[0] <= 40, Counter(launches.names)
+
+
+def test_the_torch_backend_repeats_levels_only_without_refills():
+    envs = SokobanVectorEnv(128, size=7, num_boxes=1, max_episode_steps=1, backend="torch")
+    starts = [envs.reset(seed=2)[0]]
+    for _ in range(20):
+        observation, *_, info = envs.step([0] * 128)
+        starts.append(observation)
+        assert info["level_repeats"] == 0
+    assert len(torch.cat(starts).unique(dim=0)) > 0.95 * 21 * 128
+    envs._pool.due = float("inf")  # as when a CUDA graph steps
+    for _ in range(20):
+        envs.step([0] * 128)
+    envs.refill()
+    info = envs.step([0] * 128)[-1]
+    assert 0.3 < info["level_repeats"] < 0.5

@@ -10,6 +10,7 @@ A levels path is a Boxoban or XSB file, or a folder of them. `python tools/sokob
 
 import os
 import pathlib
+import re
 import sys
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def play(
         num_boxes: boxes of generated levels.
         seed: seed of generated levels; without it they differ from time to time.
     """
-    import curses  # not there on every system, and only this command needs it
+    try:
+        import curses  # not there on every system, and only this command needs it
+    except ImportError:
+        raise ValueError("play needs the module curses; on Windows: pip install windows-curses") from None
 
     _check_least("seed", seed, 0)
     boards = None if levels is None else load_levels(levels)
@@ -230,7 +234,7 @@ def check(levels: tyro.conf.Positional[Path], solutions: tyro.conf.Positional[Pa
     """Replay LURD solutions in the environment; exits with code 1 if one of them is wrong.
 
     A solution is right if its last letter solves the level, every letter moves the player, and those that push a box,
-    and no others, are upper case.
+    and no others, are upper case. One in lower case only says nothing of pushes. Moves may be run-length coded (3r).
 
     Args:
         levels: file or folder of levels.
@@ -242,11 +246,13 @@ def check(levels: tyro.conf.Positional[Path], solutions: tyro.conf.Positional[Pa
     if len(numbered) != len(boards):
         raise ValueError(f"{solutions}: {len(numbered)} solutions, but {levels} holds {len(boards)} levels")
     for number, line in numbered:
-        if unknown := [(i, char) for i, char in enumerate(line, start=1) if char.lower() not in LETTERS]:
+        plain = re.sub(r"\d+(?=[udlrUDLR])", lambda run: " " * len(run[0]), line)
+        if unknown := [(i, char) for i, char in enumerate(plain, start=1) if char.lower() not in (*LETTERS, " ")]:
             column, char = unknown[0]
             place = f"{solutions}:{number}:{column}"
             raise ValueError(f"{place}: unknown character {char!r}, a solution is written in udlrUDLR")
-    texts = [line for _, line in numbered]
+    runs = [re.sub(r"(\d+)(.)", lambda run: run[2] * int(run[1]), line) for _, line in numbered]
+    texts = [line.replace(" ", "") for line in runs]
     faults = [
         fault
         for start in range(0, len(texts), CHUNK)
@@ -264,6 +270,7 @@ def replay(levels: torch.Tensor, solutions: list[str]) -> list[str]:
     text = np.array([list(solution.ljust(length, "_")) for solution in solutions])  # (L, length)
     actions = np.vectorize(lambda char: LETTERS.get(char.lower(), NOOP), otypes=[np.int64])(text)
     given, upper = torch.from_numpy(text != "_"), torch.from_numpy(np.char.isupper(text))
+    tells_pushes = upper.any(1)
     envs = SokobanVectorEnv(num, size=tuple(levels.shape[1:]), levels=levels, max_episode_steps=None)
     board, _ = envs.reset(seed=0, options={"level_indices": torch.arange(num)})
     faults, open_ = [""] * num, torch.ones(num, dtype=torch.bool)
@@ -276,7 +283,7 @@ def replay(levels: torch.Tensor, solutions: list[str]) -> list[str]:
         for wrong, fault in (
             (given[:, i] & ~moved, "is blocked"),
             (moved & upper[:, i] & ~pushed, "is upper case, but pushes no box"),
-            (pushed & ~upper[:, i], "pushes a box, but is lower case"),
+            (pushed & ~upper[:, i] & tells_pushes, "pushes a box, but is lower case"),
             (terminated & ~last, "solves the level, but more letters follow"),
             (given[:, i] & last & ~terminated, "is the last, and the level is not solved"),
         ):
