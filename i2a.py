@@ -27,7 +27,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -432,9 +432,6 @@ class RolloutPolicy(nn.Module):
 class RandomPolicy(nn.Module):
     """Every action alike, in π̂'s place."""
 
-    def __init__(self, args: Args) -> None:
-        super().__init__()
-
     def forward(self, frames: Tensor) -> Tensor:
         return torch.zeros(len(frames), A, device=frames.device)
 
@@ -474,6 +471,7 @@ class I2AAgent(nn.Module):
     def __init__(self, args: Args) -> None:
         super().__init__()
         self.see = functools.partial(to_planes, kind=args.observation, view=args.view)
+        self.bf16 = args.bf16
         planes = self.see(blank_frames(args, args.frame_stack))
         self.trunk = conv_layers(planes.shape[1], args.cnn_channels, args.observation)
         self.dense = layer_init(nn.Linear(self.trunk(planes).shape[1], args.dense))
@@ -484,10 +482,12 @@ class I2AAgent(nn.Module):
 
     def forward(self, frames: Tensor, imagined: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """frames (B, F, H, W[, 3]), imagined: of `imagine` -> logits (B, A), value (B,), float32."""
-        x = F.relu(self.dense(self.trunk(self.see(frames))))  # (B, dense)
-        if self.encoder is not None:  # the aggregator concatenates
-            x = torch.cat([x, self.encoder(*imagined)], 1)  # (B, dense + A * LSTM)
-        return self.actor(x).float(), self.critic(x).squeeze(-1).float()
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
+            x = F.relu(self.dense(self.trunk(self.see(frames))))  # (B, dense)
+            if self.encoder is not None:  # the aggregator concatenates
+                x = torch.cat([x, self.encoder(*imagined)], 1)  # (B, dense + A * LSTM)
+        x = x.float()
+        return self.actor(x), self.critic(x).squeeze(-1)
 
 
 class PretrainedPolicy(I2AAgent):
@@ -511,8 +511,12 @@ def make_networks(args: Args, device: torch.device) -> nn.ModuleDict:
             model_class = CopyModel if args.env_model == "copy" else EnvModel
             width = max(1, args.model_width // 8) if args.env_model == "poor" else args.model_width
             networks["env_model"] = model_class(args, width).requires_grad_(False)
-        policies = {"distilled": RolloutPolicy, "pretrained": PretrainedPolicy, "random": RandomPolicy}
-        networks["rollout_policy"] = policies[args.rollout_policy](args)
+        if args.rollout_policy == "distilled":
+            networks["rollout_policy"] = RolloutPolicy(args)
+        elif args.rollout_policy == "pretrained":
+            networks["rollout_policy"] = PretrainedPolicy(args)
+        else:
+            networks["rollout_policy"] = RandomPolicy()
     return networks.to(device)
 
 
@@ -554,7 +558,7 @@ def imagine(networks: Any, frames: Tensor, depth: int, rng: torch.Generator) -> 
     alive = torch.ones(len(frames), device=frames.device)
     for d in range(depth):
         if d > 0:
-            action = sample(networks["rollout_policy"](frames).float(), rng)  # a_t ~ π̂(ô_t)
+            action = sample(networks["rollout_policy"](frames), rng)  # a_t ~ π̂(ô_t)
         frame, reward, end = networks["env_model"].predict(frames, action)  # ô_{t+1}, r̂_{t+1} = M(ô_t, a_t)
         steps.append((frame, reward * alive, alive))
         alive = alive * ~end
@@ -611,7 +615,7 @@ def turn_boards(cells: Tensor, which: int) -> Tensor:
     return cells.flip(-1) if which >= 4 else cells
 
 
-def turn_rollouts(imagined: tuple[Tensor, ...], which: int) -> tuple[Tensor, ...]:
+def turn_rollouts(imagined: Sequence[Tensor], which: int) -> Sequence[Tensor]:
     """Imagined rollouts of turned boards: each frame turned, and in the place of the action that its first became."""
     if not imagined:
         return ()
@@ -628,6 +632,35 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
         flat /= dist.get_world_size()
         for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad.copy_(gradient.view_as(p))
+
+
+def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, rows: list, which: int) -> Tensor:
+    """One step of the agent and of π̂ on M rows, seen under symmetry `which`; the losses (6,) as main names them.
+
+    `rows`: frames (M, F, H, W[, 3]), actions, log π_old(a|s), advantages, returns (M,), and what was imagined.
+    """
+    frames, actions, old_log_probs, advantages, returns, *imagined = rows
+    if which > 0:
+        frames, imagined = turn_boards(frames, which), turn_rollouts(imagined, which)
+        actions = turned_actions(which, frames.device)[actions]
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    logits, values = networks["agent"](frames, imagined)  # (M, A), (M,)
+    policy_loss, value_loss, entropy, clipfrac = ppo_losses(
+        logits, values, actions, old_log_probs, advantages, returns, args.clip_coef
+    )
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    distill_loss = torch.zeros_like(loss)
+    if args.agent == "i2a" and args.rollout_policy == "distilled":
+        distill_loss = distillation_loss(logits, networks["rollout_policy"](frames))
+    optimizer.zero_grad(set_to_none=True)
+    (loss + args.distill_coef * distill_loss).backward()
+    norms = []
+    for group in optimizer.param_groups:  # the agent's and π̂'s: clipped apart, so that one does not shrink the other
+        average_gradients(group["params"])
+        norms.append(nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm))
+    optimizer.step()
+    return torch.stack([policy_loss, value_loss, entropy, clipfrac, distill_loss, norms[0]]).detach()
 
 
 # ------------------------------------------------------------------------------------ the environment model's training
@@ -697,21 +730,26 @@ def rollout_accuracy(args: Args, networks: nn.ModuleDict, frames: Tensor, seed: 
 
 
 def pretrain_model(
-    env_model: EnvModel, data: dict[str, Tensor], held_out: dict[str, Tensor], args: Args, rng: torch.Generator,
-    logger: Logger,
-) -> None:  # fmt: skip
-    """Fit the model; log how right it is on `held_out`, transitions of other levels.
+    env_model: EnvModel, args: Args, levels: Tensor | None, rng: torch.Generator, logger: Logger
+) -> None:
+    """Collect transitions and fit the model to them; log how right it is on transitions of other levels.
 
     Half of each batch is uniform, half in proportion to each transition's latest loss: so the rare ones (pushes,
     blocked pushes, rewards) are seen most. Each batch stands under one of the board's symmetries. (Both are ours.)
     """
+    policy = RandomPolicy()
+    if args.pretrained_path:
+        policy = PretrainedPolicy(args).to(rng.device)
+        load_networks(policy, load_checkpoint(args.pretrained_path, rng.device), args.pretrained_path, "agent.")
+    tenth = args.model_frames // 10
+    data = collect_transitions(args, policy, args.model_frames - tenth, args.seed, rng.device, levels)
+    held_out = collect_transitions(args, policy, tenth, EVAL_SEED // 2 + args.seed, rng.device, levels)
     half, size = 32, len(data["action"])
     optimizer = torch.optim.Adam(env_model.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.model_steps)
     priority = torch.full((size,), 1e3, device=rng.device)
     for step in range(1, args.model_steps + 1):
-        # Not torch.multinomial, which ends at 2^24 rows
-        cumulative = priority.double().cumsum(0)
+        cumulative = priority.double().cumsum(0)  # not torch.multinomial, which ends at 2^24 rows
         lots = torch.rand(half, dtype=torch.float64, generator=rng, device=rng.device) * cumulative[-1]
         worst = torch.searchsorted(cumulative, lots).clamp(max=size - 1)
         index = torch.cat([torch.randint(size, (half,), generator=rng, device=rng.device), worst])
@@ -743,21 +781,33 @@ def read_levels(path: str, size: int) -> Tensor:
         sys.exit(str(e))
 
 
+def held_out_levels(args: Args) -> Tensor:
+    """The levels (L, H, W) of an evaluation: of `--eval-levels`, or the generator's, which training then leaves out."""
+    if args.eval_levels:
+        return read_levels(args.eval_levels, args.size)[: args.eval_episodes]
+    return generate_levels(args.eval_episodes, size=args.size, num_boxes=args.num_boxes, seed=EVAL_SEED)[0]
+
+
+def make_envs(
+    args: Args, num_envs: int, levels: Tensor | None, device: torch.device, **kwargs: Any
+) -> SokobanVectorEnv:
+    return SokobanVectorEnv(
+        num_envs, levels=levels, size=args.size, num_boxes=args.num_boxes, max_episode_steps=args.max_episode_steps,
+        observation=args.observation, frame_stack=args.frame_stack, device=device, **kwargs,
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.device) -> tuple[dict, Tensor]:
     """Play each level (L, H, W) once.
 
     Returns:
-        metrics: share solved, mean steps of the solved, imagined steps per solved level; and the first 8 games' boards
-        (S, 8, H, W) at every step, where games that are over stand still.
+        metrics: share solved, mean steps of the solved, imagined steps per solved level; and the boards (S, 8, H, W) of
+        eight games at every step, where those that are over stand still.
     """
-    rng, films = torch.Generator(device).manual_seed(args.seed), []
-    solved, steps, solved_steps = 0, 0, 0
+    rng, solved, steps, solved_steps = torch.Generator(device).manual_seed(args.seed), 0, 0, 0
     for part in levels.split(1024):
-        envs = SokobanVectorEnv(
-            len(part), size=args.size, levels=part, max_episode_steps=args.max_episode_steps,
-            observation=args.observation, frame_stack=args.frame_stack, device=device,
-        )  # fmt: skip
+        envs = make_envs(args, len(part), part, device)
         observation, _ = envs.reset(seed=args.seed, options={"levels": part})
         playing, film = torch.ones(len(part), dtype=torch.bool, device=device), [part[:8].to(device)]
         while playing.any():
@@ -765,22 +815,20 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
             logits, _ = networks["agent"](frames, imagine(networks, frames, args.imagination_depth, rng))
             action = logits.argmax(-1) if args.greedy else sample(logits, rng)
             observation, _, terminated, truncated, info = envs.step(action)
-            steps += playing.sum().item()
-            solved += (playing & terminated).sum().item()
-            if "final_info" in info:
-                length = info["final_info"]["episode"]["l"]
-                solved_steps += (length * (playing & terminated)).sum().item()
             last = as_frames(info.get("final_obs", observation), args.frame_stack)[:8, -1]
-            shown = convert_observation(last, args.observation, "cells")
-            film.append(torch.where(playing[:8, None, None], shown, film[-1]))
+            last = convert_observation(last, args.observation, "cells")
+            film.append(torch.where(playing[:8, None, None], last, film[-1]))
+            steps += playing.sum().item()
+            wins = (playing & terminated).sum().item()
+            solved += wins
+            solved_steps += wins * (len(film) - 1)
             playing &= ~(terminated | truncated)
-        films.append(torch.stack(film))
     metrics = {"eval/solved": solved / len(levels)}
     if solved:
         metrics["eval/mean_steps"] = solved_steps / solved
-        if args.agent == "i2a":
-            metrics["eval/imagined_steps_per_solved"] = A * args.imagination_depth * steps / solved
-    return metrics, films[0]
+    if solved and args.agent == "i2a":
+        metrics["eval/imagined_steps_per_solved"] = A * args.imagination_depth * steps / solved
+    return metrics, torch.stack(film)
 
 
 def write_gif(path: pathlib.Path, boards: Tensor) -> None:
@@ -800,9 +848,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     path = given.resume or given.evaluate
     default = saved_args(path) if path else PRESETS[given.preset]
     args = tyro.cli(Args, args=argv, default=default)
-    learns = args.agent == "i2a" and args.env_model in ("learned", "poor")
-    if (args.finetune_model or args.env_model_path) and not learns:
-        sys.exit("--finetune-model and --env-model-path need --agent i2a and --env-model learned or poor")
+    if args.levels:
+        cells = read_levels(args.levels, args.size)
+        boxes = ((cells == sokoban_env.BOX) | (cells == sokoban_env.BOX_ON_TARGET)).sum((1, 2))
+        args = replace(args, num_boxes=int(boxes.max()))
+    if args.finetune_model and (args.agent == "model-free" or args.env_model not in ("learned", "poor")):
+        sys.exit("--finetune-model needs --agent i2a and --env-model learned or poor")
     if args.rollout_policy == "pretrained" and not args.pretrained_path:
         sys.exit("--rollout-policy pretrained needs --pretrained-path, a model-free agent's file")
     if args.num_steps > args.max_episode_steps:
@@ -813,78 +864,62 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit(
             "--observation rgb needs --view board, --no-symmetry and at most three convolutions: see --preset paper"
         )
-    if args.seed >= EVAL_SEED // 1000:
-        sys.exit(f"--seed must be below {EVAL_SEED // 1000:,}: the held-out levels' seed is beyond")
+    if not 0 <= args.seed < EVAL_SEED // 1000:
+        sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}: the held-out levels' seed is beyond")
+    try:
+        generate_levels(1, size=args.size, num_boxes=args.num_boxes)
+    except ValueError as e:
+        sys.exit(str(e))
     return args
 
 
 def main(args: Args) -> None:
     keep_freed_memory()
     cuda = args.cuda and torch.cuda.is_available()
-    if "WORLD_SIZE" in os.environ:  # torchrun
-        # Rank 0 alone pretrains the model, and may take long
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if "WORLD_SIZE" in os.environ:  # torchrun. Rank 0 alone pretrains the model, and may take long
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)  # NCCL and torch.distributed's objects go by it
         torch.set_float32_matmul_precision("high")
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(1000 * args.seed + rank)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    T, B, D = args.num_steps, args.num_envs, args.imagination_depth
-
-    # ---- levels, networks, environments
-    levels = read_levels(args.levels, args.size) if args.levels else None
-    if levels is not None:
-        boxes = ((levels == sokoban_env.BOX) | (levels == sokoban_env.BOX_ON_TARGET)).flatten(1).sum(1)
-        args = replace(args, num_boxes=int(boxes.max()))
-    try:
-        if args.eval_levels:
-            eval_levels = read_levels(args.eval_levels, args.size)[: args.eval_episodes]
-        else:
-            eval_levels, _ = generate_levels(
-                args.eval_episodes, size=args.size, num_boxes=args.num_boxes, seed=EVAL_SEED
-            )
-        envs = SokobanVectorEnv(
-            B, size=args.size, num_boxes=args.num_boxes, max_episode_steps=args.max_episode_steps, levels=levels,
-            observation=args.observation, frame_stack=args.frame_stack, device=device, exclude=eval_levels,
-        )  # fmt: skip
-        observation, _ = envs.reset(seed=1000 * args.seed + rank)
-    except ValueError as e:
-        sys.exit(str(e))
-    networks = make_networks(args, device)
+    eval_levels, networks = held_out_levels(args), make_networks(args, device)
     path = args.evaluate or args.resume
-    state = load_checkpoint(path, device) if path else {}
+    state = load_checkpoint(path, device) if path else None
     if state:
         load_networks(networks, state, path)
     if args.compile:
         for network in networks.values():
             network.compile()
     if args.evaluate:
-        with autocast:
-            metrics, boards = evaluate(args, networks, eval_levels, device)
+        metrics, boards = evaluate(args, networks, eval_levels, device)
         print(f"{path}, trained on {state['global_step']:,} frames: {json.dumps(metrics)}")
         if args.capture_video:
             write_gif(pathlib.Path(path).with_suffix(".gif"), boards)
         return
-    agent, distils = networks["agent"], args.agent == "i2a" and args.rollout_policy == "distilled"
-    groups = [list(agent.parameters())]
-    if distils:
-        groups.append(list(networks["rollout_policy"].parameters()))
-    parameters = [p for group in groups for p in group]
-    optimizer_class = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.optimizer]
-    optimizer = optimizer_class(parameters, args.learning_rate, eps=1e-5)
-    model_optimizer = torch.optim.Adam(networks["env_model"].parameters(), 1e-4) if args.finetune_model else None
 
-    # ---- a new run, or one that goes on
-    global_step, minutes, start = 0, 0.0, time.time()
-    has_model = args.agent == "model-free" or args.env_model in ("perfect", "copy")
+    # ---- everything that the loop touches; a new run, or one that goes on
+    T, B, D = args.num_steps, args.num_envs, args.imagination_depth
+    levels = read_levels(args.levels, args.size) if args.levels else None
+    envs = make_envs(args, B, levels, device, exclude=eval_levels)
+    observation, _ = envs.reset(seed=1000 * args.seed + rank)
+    agent = networks["agent"]
+    groups = [{"params": list(agent.parameters())}]
+    if args.agent == "i2a" and args.rollout_policy == "distilled":
+        groups.append({"params": list(networks["rollout_policy"].parameters())})
+    if args.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, args.learning_rate, eps=1e-5, fused=True)
+    else:
+        optimizer = torch.optim.RMSprop(groups, args.learning_rate, eps=1e-5)
+    model_optimizer = torch.optim.Adam(networks["env_model"].parameters(), 1e-4) if args.finetune_model else None
+    global_step, minutes, start, rows, run_name = 0, 0.0, time.time(), [], ""
     if state:
         if len(state.get("processes", [])) != world:
             sys.exit(f"{path} can't go on in {world} processes: take the checkpoint.pt of a run with as many")
-        run_name, global_step, minutes = state["run_name"], state["global_step"], state["minutes"]
-        has_model = state["has_model"]
+        run_name, rows = state["run_name"], state["rows"]
+        global_step, minutes = state["global_step"], state["minutes"]
         local = state["processes"][rank]
         rng.set_state(local["rng"].cpu())
         if any(getattr(args, name) != state["args"][name] for name in ("num_boxes", "levels")):
@@ -895,55 +930,31 @@ def main(args: Args) -> None:
             model_optimizer.load_state_dict(state["model_optimizer"])
     elif rank == 0:
         run_name = new_run(f"Sokoban-{args.size}x{args.size}-{args.num_boxes}__{args.exp_name}__{args.seed}")
-    logger = Logger(args, run_name, state.get("rows", ())) if rank == 0 else None
-
-    def save() -> None:
-        local = {"rng": rng.get_state(), "env": envs.get_state()}
-        processes = [local] * world
-        if world > 1:
-            dist.all_gather_object(processes, local)
-        if rank == 0:
-            save_checkpoint(logger.path.with_name("checkpoint.pt"), {
-                "args": asdict(replace(args, resume=None)), "run_name": run_name, "processes": processes,
-                "networks": networks.state_dict(), "optimizer": optimizer.state_dict(), "rows": logger.rows,
-                "model_optimizer": model_optimizer and model_optimizer.state_dict(), "global_step": global_step,
-                "has_model": has_model, "minutes": minutes + (time.time() - start) / 60,
-            })  # fmt: skip
+    logger = Logger(args, run_name, rows) if rank == 0 else None
 
     # ---- the environment model comes first: learned once, then frozen
-    if not has_model:
-        save()
+    if args.agent == "i2a" and not state:
         env_model = networks["env_model"].requires_grad_()
-        policy = RandomPolicy(args)
-        if args.pretrained_path:
-            policy = PretrainedPolicy(args).to(device)
+        if args.rollout_policy == "pretrained":
             pretrained = load_checkpoint(args.pretrained_path, device)
-            load_networks(policy, pretrained, args.pretrained_path, "agent.")
-            if args.rollout_policy == "pretrained":
-                networks["rollout_policy"].load_state_dict(policy.state_dict())
+            load_networks(networks["rollout_policy"], pretrained, args.pretrained_path, "agent.")
         if args.env_model_path:
             load_networks(env_model, load_checkpoint(args.env_model_path, device), args.env_model_path, "env_model.")
-        elif rank == 0:
-            tenth = args.model_frames // 10
-            data = collect_transitions(args, policy, args.model_frames - tenth, args.seed, device, levels)
-            held_out = collect_transitions(args, policy, tenth, EVAL_SEED // 2 + args.seed, device, levels)
-            pretrain_model(env_model, data, held_out, args, rng, logger)
-        for tensor in env_model.state_dict().values():
-            if world > 1:
-                dist.broadcast(tensor, 0)
-        global_step += 0 if args.env_model_path else args.model_frames
-        has_model = True
+        elif args.env_model in ("learned", "poor"):
+            if rank == 0:
+                pretrain_model(env_model, args, levels, rng, logger)
+            global_step = args.model_frames
+        for tensor in env_model.state_dict().values() if world > 1 else ():
+            dist.broadcast(tensor, 0)
         env_model.requires_grad_(args.finetune_model)
-        save()
 
     # ---- the agent
     hidden = rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", disable=hidden)
     frames = as_frames(observation, args.frame_stack)  # (B, F, H, W[, 3])
     names = ["policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm"]
-    if args.finetune_model:
-        names.append("model_loss")
-    episodes, losses, iterations = torch.zeros(4, device=device), torch.zeros(len(names), device=device), 0
+    episodes, losses = torch.zeros(4, device=device), torch.zeros(6, device=device)  # sums since the last row
+    finetune_loss, iterations = torch.zeros((), device=device), 0
     first_step, first_time = None, 0.0  # set after the first update, which compiles and warms up
     while global_step < args.total_timesteps:
         if args.anneal_lr:
@@ -953,7 +964,7 @@ def main(args: Args) -> None:
         # 1. Act for T steps. What is imagined is part of the observation, and kept with it
         steps, last = [], frames  # `last`: the last frames (B, F, ...) of the episode that was truncated
         for _ in range(T):
-            with torch.no_grad(), autocast:
+            with torch.no_grad():
                 imagined = imagine(networks, frames, D, rng)
                 logits, value = agent(frames, imagined)
             action = sample(logits, rng)
@@ -971,7 +982,7 @@ def main(args: Args) -> None:
         boards, actions, log_probs, values, rewards, terminated, truncated, next_boards, *imagined = batch
 
         # 2. Advantages, with V(s_{t+1}) of the true next observations: of a truncated episode, its own last one
-        with torch.no_grad(), autocast:
+        with torch.no_grad():
             both = torch.cat([frames, last])  # (2 * B, F, ...)
             _, bootstrap = agent(both, imagine(networks, both, D, rng))
         next_values = torch.cat([values[1:], bootstrap[None, :B]])
@@ -987,32 +998,8 @@ def main(args: Args) -> None:
         symmetries = np.random.default_rng([args.seed, global_step])
         for _ in range(args.update_epochs):
             for index in torch.randperm(T * B, generator=rng, device=device).chunk(args.num_minibatches):
-                seen, action, old_log_probs, advantage, target, *rollouts = (x[index] for x in rows)
-                if args.symmetry:
-                    which = int(symmetries.integers(8))
-                    seen, rollouts = turn_boards(seen, which), turn_rollouts(rollouts, which)
-                    action = turned_actions(which, device)[action]
-                if args.norm_adv:
-                    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                with autocast:
-                    logits, value = agent(seen, rollouts)  # (M, A), (M,)
-                policy_loss, value_loss, entropy, clipfrac = ppo_losses(
-                    logits, value, action, old_log_probs, advantage, target, args.clip_coef
-                )
-                distill_loss = torch.zeros((), device=device)
-                if distils:
-                    with autocast:
-                        rollout_logits = networks["rollout_policy"](seen).float()
-                    distill_loss = distillation_loss(logits, rollout_logits)
-                loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-                optimizer.zero_grad(set_to_none=True)
-                (loss + args.distill_coef * distill_loss).backward()
-                average_gradients(parameters)
-                # Clip the two separately, so that a large gradient of π̂ does not shrink the agent's
-                norms = [nn.utils.clip_grad_norm_(group, args.max_grad_norm) for group in groups]
-                optimizer.step()
-                parts = [policy_loss, value_loss, entropy, clipfrac, distill_loss, norms[0]]
-                losses[:6] += torch.stack(parts).detach() / (args.update_epochs * args.num_minibatches)
+                which = int(symmetries.integers(8)) if args.symmetry else 0
+                losses += update(args, networks, optimizer, [x[index] for x in rows], which)
 
         # 4. With --finetune-model, the model learns from the same transitions, by its own loss only
         before, global_step = global_step, global_step + T * B * world
@@ -1023,11 +1010,11 @@ def main(args: Args) -> None:
             fresh = {name: x.flatten(0, 1) for name, x in fresh.items()}
         if args.finetune_model:
             model_optimizer.zero_grad(set_to_none=True)
-            finetune_loss = model_loss(networks["env_model"], fresh).mean()
-            finetune_loss.backward()
+            loss = model_loss(networks["env_model"], fresh).mean()
+            loss.backward()
             average_gradients(list(networks["env_model"].parameters()))
             model_optimizer.step()
-            losses[6] += finetune_loss.detach()
+            finetune_loss += loss.detach()
 
         # 5. Log, then save what was logged
         bar.update(global_step - before)
@@ -1040,7 +1027,10 @@ def main(args: Args) -> None:
             dist.all_reduce(episodes)
             dist.all_reduce(losses)
         if rank == 0:
-            metrics = {f"losses/{name}": x / iterations / world for name, x in zip(names, losses.tolist(), strict=True)}
+            losses /= iterations * args.update_epochs * args.num_minibatches * world
+            metrics = {f"losses/{name}": loss for name, loss in zip(names, losses.tolist(), strict=True)}
+            if args.finetune_model:
+                metrics["losses/model_loss"] = finetune_loss.item() / iterations
             metrics["charts/minutes"] = minutes + (time.time() - start) / 60
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if global_step > first_step:
@@ -1055,16 +1045,25 @@ def main(args: Args) -> None:
                 metrics |= rollout_accuracy(args, networks, frames, global_step)
             logger.log(global_step, metrics)
             bar.set_postfix(solved=metrics.get("charts/solved"), SPS=metrics.get("charts/SPS"))
-        save()
-        episodes.zero_()
-        losses.zero_()
+        local = {"rng": rng.get_state(), "env": envs.get_state()}
+        processes = [local] * world
+        if world > 1:
+            dist.all_gather_object(processes, local)
+        if rank == 0:
+            save_checkpoint(logger.path.with_name("checkpoint.pt"), {
+                "args": asdict(replace(args, resume=None)), "run_name": run_name, "rows": logger.rows,
+                "global_step": global_step, "minutes": metrics["charts/minutes"], "processes": processes,
+                "networks": networks.state_dict(), "optimizer": optimizer.state_dict(),
+                "model_optimizer": model_optimizer and model_optimizer.state_dict(),
+            })  # fmt: skip
+        for total in (episodes, losses, finetune_loss):
+            total.zero_()
         iterations = 0
 
     # ---- evaluate on held-out levels, and export
     bar.close()
     if rank == 0:
-        with autocast:
-            metrics, boards = evaluate(args, networks, eval_levels, device)
+        metrics, boards = evaluate(args, networks, eval_levels, device)
         logger.log(global_step, metrics)
         if args.capture_video:
             write_gif(logger.path.with_name("episodes.gif"), boards)
