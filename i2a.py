@@ -46,6 +46,7 @@ from sokoban_env import SokobanVectorEnv, convert_observation, generate_levels
 A = 5  # actions: no-op, up, down, left, right
 REWARDS = (-1.1, -0.1, 0.9, 10.9)  # every reward that Sokoban pays
 EVAL_SEED = 10**9  # of the held-out levels
+NUM_PLANES = {"cells": 4, "rgb": 3}  # of a frame
 RGB_LAYERS = ((8, 4), (4, 2), (3, 1))  # kernel and stride of the paper's three convolutions
 
 
@@ -323,24 +324,32 @@ def to_planes(frames: Tensor, kind: str, view: str) -> Tensor:
     return cell_planes(frames).flatten(1, 2)
 
 
-def blank_frames(args: Args, stack: int) -> Tensor:
-    """An observation of nothing (1, F, H, W[, 3]), to size the layers by."""
-    shape = (8 * args.size, 8 * args.size, 3) if args.observation == "rgb" else (args.size, args.size)
-    return torch.zeros(1, stack, *shape, dtype=torch.uint8)
+class FrameNet(nn.Module):
+    """Frames to a feature vector: the paper's convolutions for `rgb`, 3x3 ones (ours) for `cells`; a dense layer."""
 
+    def __init__(self, args: Args, planes: int, channels: tuple[int, ...], units: int, first_stride: int = 1) -> None:
+        super().__init__()
+        self.kind, self.view = args.observation, args.view
+        pixels = 8 * args.size if self.kind == "rgb" else args.size - (self.view == "player")
+        layers: list[nn.Module] = []
+        for i, width in enumerate(channels):
+            if self.kind == "rgb":
+                kernel, stride = RGB_LAYERS[i]
+                conv = nn.Conv2d(planes, width, kernel, stride)
+            else:
+                conv = nn.Conv2d(planes, width, 3, first_stride if i == 0 else 1, padding=1)
+            layers += [layer_init(conv), nn.ReLU()]
+            planes = width
+        self.convs = nn.Sequential(*layers, nn.Flatten())
+        features = self.convs(torch.zeros(1, layers[0].in_channels, pixels, pixels)).shape[1]
+        self.dense = layer_init(nn.Linear(features, units))
 
-def conv_layers(planes: int, channels: tuple[int, ...], kind: str, first_stride: int = 1) -> nn.Sequential:
-    """Convolutions to a flat feature vector: the paper's kernels for `rgb`, 3x3 ones (ours) for a pixel a cell."""
-    layers: list[nn.Module] = []
-    for i, width in enumerate(channels):
-        if kind == "rgb":
-            kernel, stride = RGB_LAYERS[i]
-            conv = nn.Conv2d(planes, width, kernel, stride)
-        else:
-            conv = nn.Conv2d(planes, width, 3, first_stride if i == 0 else 1, padding=1)
-        layers += [layer_init(conv), nn.ReLU()]
-        planes = width
-    return nn.Sequential(*layers, nn.Flatten())
+    def forward(self, frames: Tensor, rewards: Tensor | None = None) -> Tensor:
+        """frames (B, F, H, W[, 3]), rewards (B,), which become a plane, if any -> features (B, units)."""
+        x = to_planes(frames, self.kind, self.view)
+        if rewards is not None:
+            x = torch.cat([x, rewards[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
+        return F.relu(self.dense(self.convs(x)))
 
 
 class EnvModel(nn.Module):
@@ -354,7 +363,7 @@ class EnvModel(nn.Module):
         super().__init__()
         self.kind = args.observation
         cells = self.kind == "cells"
-        planes = to_planes(blank_frames(args, args.frame_stack), self.kind, "board").shape[1]
+        planes = NUM_PLANES[self.kind] * args.frame_stack
         # `rgb`: the paper's 8x8 convolution of stride 8 to the board's resolution, and a deconvolution back.
         # `cells`: the first convolution reads the outer wall, and predicts what is inside it: the wall never changes
         self.shrink = nn.Identity() if cells else nn.Sequential(nn.Conv2d(planes, 2 * width, 8, 8), nn.ReLU())
@@ -417,16 +426,13 @@ class RolloutPolicy(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        self.see = functools.partial(to_planes, kind=args.observation, view=args.view)
-        planes = self.see(blank_frames(args, args.frame_stack))
         channels = (16,) if args.observation == "cells" else (16, 16)
-        self.trunk = conv_layers(planes.shape[1], channels, args.observation, first_stride=2)
-        self.dense = layer_init(nn.Linear(self.trunk(planes).shape[1], 32))
+        self.features = FrameNet(args, NUM_PLANES[args.observation] * args.frame_stack, channels, 32, first_stride=2)
         self.actor = layer_init(nn.Linear(32, A), 0.01)
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames (B, F, H, W[, 3]) -> logits (B, A)."""
-        return self.actor(F.relu(self.dense(self.trunk(self.see(frames)))))
+        return self.actor(self.features(frames))
 
 
 class RandomPolicy(nn.Module):
@@ -441,23 +447,19 @@ class RolloutEncoder(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        self.see = functools.partial(to_planes, kind=args.observation, view=args.view)
         self.reads_rewards = args.reward_prediction
-        planes = self.see(blank_frames(args, 1))
-        self.trunk = conv_layers(planes.shape[1] + 1, args.encoder_channels, args.observation, first_stride=2)
-        features = self.trunk(torch.cat([planes, planes[:, :1]], 1)).shape[1]
-        self.project = layer_init(nn.Linear(features, args.lstm if args.observation == "rgb" else args.lstm // 2))
-        self.lstm = nn.LSTMCell(self.project.out_features, args.lstm)
+        units = args.lstm if args.observation == "rgb" else args.lstm // 2
+        planes = NUM_PLANES[args.observation] + 1  # and the reward
+        self.features = FrameNet(args, planes, args.encoder_channels, units, first_stride=2)
+        self.lstm = nn.LSTMCell(units, args.lstm)
 
     def forward(self, frames: Tensor, rewards: Tensor, alive: Tensor) -> Tensor:
         """frames (B, A, D, H, W[, 3]), rewards and alive (B, A, D) -> embeddings e_1 ... e_A (B, A * LSTM)."""
         if not self.reads_rewards:  # nor the ends, which give the last reward away
             rewards, alive = torch.zeros_like(rewards), torch.ones_like(alive)
         depth = rewards.shape[2]
-        x = self.see(frames.flatten(0, 2)[:, None])  # (R * D, P, H, W)
-        reward_plane = rewards.flatten()[:, None, None, None].expand(-1, 1, *x.shape[2:])
-        x = F.relu(self.project(self.trunk(torch.cat([x, reward_plane], 1)))).unflatten(0, (-1, depth))  # (R, D, .)
-        alive = alive.flatten(0, 1)  # (R, D)
+        x = self.features(frames.flatten(0, 2)[:, None], rewards.flatten())  # (R * D, units)
+        x, alive = x.unflatten(0, (-1, depth)), alive.flatten(0, 1)  # (R, D, units), (R, D)
         h = c = torch.zeros(len(x), self.lstm.hidden_size, device=x.device, dtype=x.dtype)
         for d in reversed(range(depth)):  # t+τ first
             h, c = self.lstm(x[:, d], (h, c))
@@ -470,20 +472,18 @@ class I2AAgent(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        self.see = functools.partial(to_planes, kind=args.observation, view=args.view)
         self.bf16 = args.bf16
-        planes = self.see(blank_frames(args, args.frame_stack))
-        self.trunk = conv_layers(planes.shape[1], args.cnn_channels, args.observation)
-        self.dense = layer_init(nn.Linear(self.trunk(planes).shape[1], args.dense))
+        planes = NUM_PLANES[args.observation] * args.frame_stack
+        self.features = FrameNet(args, planes, args.cnn_channels, args.dense)
         self.encoder = RolloutEncoder(args) if args.agent == "i2a" else None
         joint = args.dense + (A * args.lstm if self.encoder else 0)
         self.actor = layer_init(nn.Linear(joint, A), 0.01)
         self.critic = layer_init(nn.Linear(joint, 1), 1.0)
 
-    def forward(self, frames: Tensor, imagined: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def forward(self, frames: Tensor, imagined: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """frames (B, F, H, W[, 3]), imagined: of `imagine` -> logits (B, A), value (B,), float32."""
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
-            x = F.relu(self.dense(self.trunk(self.see(frames))))  # (B, dense)
+            x = self.features(frames)  # (B, dense)
             if self.encoder is not None:  # the aggregator concatenates
                 x = torch.cat([x, self.encoder(*imagined)], 1)  # (B, dense + A * LSTM)
         x = x.float()
