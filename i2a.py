@@ -680,7 +680,7 @@ def collect_transitions(
     """
     rng, parts = torch.Generator(device).manual_seed(seed), []
     settings = {"size": args.size, "num_boxes": args.num_boxes}
-    near, _ = generate_levels(1024, **settings, seed=seed, max_pulls=16)
+    near, _ = generate_levels(1024, **settings, seed=EVAL_SEED // 4 + seed, max_pulls=16)
     for share, boards, limit in ((0.75, levels, args.max_episode_steps), (0.25, near, 8)):
         envs = SokobanVectorEnv(
             64, **settings, levels=boards, max_episode_steps=limit, frame_stack=args.frame_stack, device=device
@@ -853,7 +853,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     path = given.resume or given.evaluate
     default = saved_args(path) if path else PRESETS[given.preset]
     args = tyro.cli(Args, args=argv, default=default)
-    if args.levels:
+    if args.levels and not args.evaluate:
         cells = read_levels(args.levels, args.size)
         boxes = ((cells == sokoban_env.BOX) | (cells == sokoban_env.BOX_ON_TARGET)).sum((1, 2))
         args = replace(args, num_boxes=int(boxes.max()))
@@ -862,15 +862,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.rollout_policy == "pretrained" and not args.pretrained_path:
         sys.exit("--rollout-policy pretrained needs --pretrained-path, a model-free agent's file")
     if args.num_steps > args.max_episode_steps:
-        sys.exit(
-            "--num-steps must be at most --max-episode-steps: an update bootstraps from one truncated episode each"
-        )
+        sys.exit("--num-steps must be at most --max-episode-steps")  # a rollout then holds one truncation at most
     if args.observation == "rgb" and (args.view == "player" or args.symmetry or len(args.cnn_channels) > 3):
-        sys.exit(
-            "--observation rgb needs --view board, --no-symmetry and at most three convolutions: see --preset paper"
-        )
+        sys.exit("--observation rgb needs --view board, --no-symmetry and at most three --cnn-channels")
     if not 0 <= args.seed < EVAL_SEED // 1000:
-        sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}: the held-out levels' seed is beyond")
+        sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}")
     try:
         generate_levels(1, size=args.size, num_boxes=args.num_boxes)
     except ValueError as e:
