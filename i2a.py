@@ -947,7 +947,8 @@ def main(args: Args) -> None:
             global_step = args.model_frames
         for tensor in env_model.state_dict().values() if world > 1 else ():
             dist.broadcast(tensor, 0)
-        env_model.requires_grad_(args.finetune_model)
+    if args.agent == "i2a":
+        networks["env_model"].requires_grad_(args.finetune_model)
 
     # ---- the agent
     hidden = rank > 0 or not sys.stderr.isatty()
