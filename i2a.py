@@ -103,8 +103,8 @@ class Args:
     model_width: int = 16  # channels of the environment model
     cnn_channels: tuple[int, ...] = (32, 32, 32)  # channels of the model-free path
     dense: int = 256  # units of the model-free path's dense layer
-    encoder_channels: tuple[int, ...] = (16, 16)  # channels of the rollout encoder
-    lstm: int = 64  # units of the rollout encoder's LSTM
+    encoder_channels: tuple[int, ...] = (16,)  # channels of the rollout encoder
+    lstm: int = 32  # units of the rollout encoder's LSTM
 
     compile: bool = False  # torch.compile the networks
     bf16: bool = False  # bfloat16 autocast
@@ -119,7 +119,8 @@ class Args:
 # The paper's setting. Its learning rate, steps of a rollout, discount, and all of the model's data are not published.
 A2C = Args(
     view="board", symmetry=False, num_minibatches=1, update_epochs=1, norm_adv=False, anneal_lr=False, num_envs=32,
-    num_steps=8, learning_rate=3e-3, ent_coef=0.001, cnn_channels=(16, 16), dense=128, total_timesteps=1_500_000,
+    num_steps=8, learning_rate=3e-3, ent_coef=0.001, cnn_channels=(16, 16), dense=128, encoder_channels=(16, 16),
+    lstm=64, total_timesteps=1_500_000,
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
@@ -365,7 +366,8 @@ class EnvModel(nn.Module):
         cells = self.kind == "cells"
         planes = NUM_PLANES[self.kind] * args.frame_stack
         # `rgb`: the paper's 8x8 convolution of stride 8 to the board's resolution, and a deconvolution back.
-        # `cells`: the first convolution reads the outer wall, and predicts what is inside it: the wall never changes
+        # `cells`: only what is inside the outer wall is predicted, which the first convolution reads, without padding
+        self.inside = slice(1, -1) if cells else slice(None)
         self.shrink = nn.Identity() if cells else nn.Sequential(nn.Conv2d(planes, 2 * width, 8, 8), nn.ReLU())
         self.conv1 = nn.Conv2d(planes if cells else 2 * width, 2 * width, 3, padding=0 if cells else 1)
         self.action = nn.Embedding(A, 2 * width)  # one-hot action planes through a 1x1 convolution
@@ -379,21 +381,23 @@ class EnvModel(nn.Module):
         self.register_buffer("prior", 4 * torch.eye(7))  # most cells stay as they are (ours)
 
     def forward(self, frames: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """frames (B, F, H, W[, 3]), action (B,) -> logits: frame (B, C, H, W), reward (B, 4), end (B,)."""
+        """frames (B, F, H, W[, 3]), action (B,) -> logits: what is `inside` (B, C, h, w), reward (B, 4), end (B,)."""
         x = self.shrink(to_planes(frames, self.kind, "board"))
-        h = F.relu(self.conv1(x) + self.action(action)[:, :, None, None])  # (B, 2 * width, H-2, W-2)
+        h = F.relu(self.conv1(x) + self.action(action)[:, :, None, None])  # (B, 2 * width, H-2, W-2), for `cells`
         # Pool-and-inject: the global maximum of each channel, given back to every cell
-        h = F.relu(self.conv2(h) + self.inject(h.amax((2, 3)))[:, :, None, None])  # (B, width, H-2, W-2)
+        h = F.relu(self.conv2(h) + self.inject(h.amax((2, 3)))[:, :, None, None])
         frame = self.frame(h)
         if self.kind == "cells":
-            frame = F.pad(frame, (1, 1, 1, 1)) + F.embedding(frames[:, -1].int(), self.prior).movedim(-1, 1)
+            frame = frame + F.embedding(frames[:, -1, 1:-1, 1:-1].int(), self.prior).movedim(-1, 1)
         outcome = self.outcome(F.relu(self.event(h)).amax((2, 3)))
         return frame, outcome[:, :-1], outcome[:, -1]
 
     def predict(self, frames: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The likeliest next frame (B, H, W[, 3]) uint8, its reward (B,), and whether it ends the episode (B,)."""
-        frame, reward, end = self(frames, action)
-        return decode(frame.argmax(1), self.kind), self.rewards[reward.argmax(1)], end > 0
+        logits, reward, end = self(frames, action)
+        frame = frames[:, -1].clone()
+        frame[:, self.inside, self.inside] = decode(logits.argmax(1), self.kind)
+        return frame, self.rewards[reward.argmax(1)], end > 0
 
 
 class CopyModel(EnvModel):
@@ -676,7 +680,7 @@ def collect_transitions(
     """
     rng, parts = torch.Generator(device).manual_seed(seed), []
     settings = {"size": args.size, "num_boxes": args.num_boxes}
-    near, _ = generate_levels(1024, **settings, seed=seed, max_pulls=16)
+    near, _ = generate_levels(1024, **settings, seed=EVAL_SEED // 4 + seed, max_pulls=16)
     for share, boards, limit in ((0.75, levels, args.max_episode_steps), (0.25, near, 8)):
         envs = SokobanVectorEnv(
             64, **settings, levels=boards, max_episode_steps=limit, frame_stack=args.frame_stack, device=device
@@ -695,9 +699,10 @@ def collect_transitions(
 def model_loss(env_model: EnvModel, batch: dict[str, Tensor]) -> Tensor:
     """Negative log likelihood (B,) of the next frame (summed over its pixels), of the reward and of the end."""
     frames, target = (convert_observation(batch[name], "cells", env_model.kind) for name in ("frames", "next"))
+    target = encode(target, env_model.kind)[:, env_model.inside, env_model.inside]
     frame, reward, end = env_model(frames, batch["action"])
     reward_class = (batch["reward"][:, None] - env_model.rewards).abs().argmin(1)
-    loss = F.cross_entropy(frame.float(), encode(target, env_model.kind), reduction="none").flatten(1).sum(1)
+    loss = F.cross_entropy(frame.float(), target, reduction="none").flatten(1).sum(1)
     loss = loss + F.cross_entropy(reward.float(), reward_class, reduction="none")
     return loss + F.binary_cross_entropy_with_logits(end.float(), batch["end"].float(), reduction="none")
 
@@ -848,7 +853,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     path = given.resume or given.evaluate
     default = saved_args(path) if path else PRESETS[given.preset]
     args = tyro.cli(Args, args=argv, default=default)
-    if args.levels:
+    if args.levels and not args.evaluate:
         cells = read_levels(args.levels, args.size)
         boxes = ((cells == sokoban_env.BOX) | (cells == sokoban_env.BOX_ON_TARGET)).sum((1, 2))
         args = replace(args, num_boxes=int(boxes.max()))
@@ -857,15 +862,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.rollout_policy == "pretrained" and not args.pretrained_path:
         sys.exit("--rollout-policy pretrained needs --pretrained-path, a model-free agent's file")
     if args.num_steps > args.max_episode_steps:
-        sys.exit(
-            "--num-steps must be at most --max-episode-steps: an update bootstraps from one truncated episode each"
-        )
+        sys.exit("--num-steps must be at most --max-episode-steps")  # a rollout then holds one truncation at most
     if args.observation == "rgb" and (args.view == "player" or args.symmetry or len(args.cnn_channels) > 3):
-        sys.exit(
-            "--observation rgb needs --view board, --no-symmetry and at most three convolutions: see --preset paper"
-        )
+        sys.exit("--observation rgb needs --view board, --no-symmetry and at most three --cnn-channels")
     if not 0 <= args.seed < EVAL_SEED // 1000:
-        sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}: the held-out levels' seed is beyond")
+        sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}")
     try:
         generate_levels(1, size=args.size, num_boxes=args.num_boxes)
     except ValueError as e:
@@ -946,7 +947,8 @@ def main(args: Args) -> None:
             global_step = args.model_frames
         for tensor in env_model.state_dict().values() if world > 1 else ():
             dist.broadcast(tensor, 0)
-        env_model.requires_grad_(args.finetune_model)
+    if args.agent == "i2a":
+        networks["env_model"].requires_grad_(args.finetune_model)
 
     # ---- the agent
     hidden = rank > 0 or not sys.stderr.isatty()
