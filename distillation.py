@@ -29,6 +29,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -57,40 +58,40 @@ class Args:
     wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
     wandb_entity: str | None = None  # the Weights and Biases team
     capture_video: bool = False  # write a GIF of an evaluation episode of each teacher and student into the run folder
-    save_model: bool = True  # write agent.pt after each teacher and each student: for --teacher-path, --resume and --evaluate
+    save_model: bool = True  # write agent.pt after each teacher and each student
 
     # Algorithm specific arguments
-    env_ids: tuple[str, ...] = ("Sokoban-v0",)  # the tasks of a student: gymnasium environments with vector states and discrete actions, or Sokoban-v0
+    env_ids: tuple[str, ...] = ("Sokoban-v0",)  # the tasks of a student
     teacher: Literal["actor-critic", "dqn"] = "actor-critic"  # what the teachers are: policies, or Q-values
-    student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)  # a student for each of these shares of the teachers' parameters
-    loss: Literal["kl", "nll", "mse"] = "kl"  # Rusu's three losses: all of π, its best action, or Q-values (of a dqn)
-    kl_direction: Literal["forward", "reverse"] = "forward"  # D_KL(π‖π̂) (Rusu et al., I2A), or D_KL(π̂‖π) (lecture)
-    temperature: float | None = None  # τ, of the teacher only (None: .01 for Q-values, which is Rusu's, and 1 for a policy)
+    student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)  # students, by share of parameters
+    loss: Literal["kl", "nll", "mse"] = "kl"  # all of the policy, its best action, or Q-values
+    kl_direction: Literal["forward", "reverse"] = "forward"  # teacher to student (Rusu et al.), or back
+    temperature: float | None = None  # of the teacher only (None: .01 for Q-values, 1 for a policy)
     states: Literal["teacher", "student"] = "teacher"  # who visits the states
-    correction: bool = False  # student's states: reward it for lower losses at later steps, so that the update is a gradient
+    correction: bool = False  # student's states: reward it for lower losses at later steps
 
-    teacher_path: tuple[str, ...] = ()  # take the teachers, of either kind, from these agent.pt instead of training them
+    teacher_path: tuple[str, ...] = ()  # take the teachers from these agent.pt
     teacher_timesteps: int | None = None  # environment frames of each teacher (None: TEACHER_TIMESTEPS)
     num_envs: int = 32  # parallel environments
     num_steps: int = 8  # steps of a rollout: of the actor-critic teacher, and of a student that visits its own states
     gamma: float | None = None  # discount (None: .97 for Sokoban, .99 for others)
     vf_coef: float = 0.5  # weight of value losses
-    learning_rate: float | None = None  # of teachers (None: of an actor-critic 3e-3 on Sokoban and 1e-3 on others, of a dqn 5e-4)
+    learning_rate: float | None = None  # of teachers (None: 3e-3 on Sokoban, 1e-3, dqn 5e-4)
     max_grad_norm: float = 1.0  # actor-critic: gradient clipping
     ent_coef: float = 0.001  # actor-critic: entropy bonus
     reward_scale: float = 0.1  # actor-critic: its losses see rewards times this
     dqn_batch_size: int = 64  # dqn: transitions of an update
-    dqn_envs: int = 1  # dqn: parallel environments; with more of them Q and its target change less between two steps: less exploration
+    dqn_envs: int = 1  # dqn: parallel environments
     dqn_updates: int = 4  # dqn: updates after each step of all environments
     replay_size: int = 100_000  # dqn: transitions of the replay
     learning_starts: int = 500  # dqn: frames before the first update
-    exploration_fraction: float = 0.1  # dqn: share of the frames over which the probability of random actions falls from 1 to .05
+    exploration_fraction: float = 0.1  # dqn: share of the frames over which epsilon falls
     tau: float = 0.05  # dqn: how far an update of the target network goes
 
     buffer_size: int = 100_000  # states N of each task's buffer
     epsilon: float = 0.05  # probability of a random action while the teacher fills the buffer
     distill_steps: int = 6_000  # updates of a student
-    batch_size: int = 256  # states of each task in an update (a student on its own states: --num-envs times --num-steps)
+    batch_size: int = 256  # states of each task in an update
     distill_learning_rate: float = 1e-2  # learning rate of a student, decays linearly
 
     size: int = 7  # Sokoban: board size
@@ -98,7 +99,7 @@ class Args:
     max_episode_steps: int = 60  # Sokoban: steps after which an episode is truncated
     eval_episodes: int = 500  # episodes of an evaluation, held-out levels for Sokoban
     log_frequency: int = 1_000  # updates of a student between rows of metrics; a teacher has 20
-    resume: str | None = None  # continue from this agent.pt with the teacher or student that it lacks, and with its flags
+    resume: str | None = None  # continue from this agent.pt, with its flags
     evaluate: str | None = None  # evaluate the teachers and students of this agent.pt, and stop
 
 
@@ -214,6 +215,19 @@ def saved_args(path: str) -> Any:
         return Args(**load_checkpoint(path, "cpu")["args"])
     except (KeyError, TypeError):
         sys.exit(f"{path} was written by another script, or another version of this one")
+
+
+def resumed_args(args: Any, path: str) -> Any:
+    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
+    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
+    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
+    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
+    names = [field.name for field in fields(Args)]
+    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
+    if wrong := given - beside:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
+        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
+    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -696,11 +710,11 @@ def main(args: Args) -> list[dict[str, Any]]:
         state = load_checkpoint(path, device)
         if not {"teachers", "students", "run_name"} <= set(state):
             sys.exit(f"{path} is of another script or version: give an agent.pt of this distillation.py")
-        args = resumed_args(args, path, state)
+        args = resumed_args(args, path)
     else:
-        run_name = re.sub("[:/]", "-", f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        run_name = new_run(f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}")
         state = {"args": asdict(args), "run_name": run_name, "teachers": {}, "students": {}}
-        state |= {"global_step": 0, "num_rows": 0}
+        state |= {"global_step": 0, "rows": []}
     for teacher_path in () if path else args.teacher_path:
         saved = load_checkpoint(teacher_path, device)
         same = ("size", "num_boxes", "max_episode_steps") if "Sokoban-v0" in saved.get("teachers", {}) else ()
@@ -720,12 +734,10 @@ def main(args: Args) -> list[dict[str, Any]]:
     tasks = [Task(args, env_id, args.num_envs, device) for env_id in args.env_ids]
     shapes, actions = [task.shape for task in tasks], [task.num_actions for task in tasks]
     folder = pathlib.Path(args.evaluate).parent if args.evaluate else pathlib.Path("runs") / state["run_name"]
-    logger = None if args.evaluate else Logger(args, state["run_name"])
-    if args.resume and logger:
-        logger.restore(state["num_rows"])
+    logger = None if args.evaluate else Logger(args, state["run_name"], state["rows"])
 
     def save() -> None:
-        state["num_rows"] = len(logger.rows)
+        state["rows"] = logger.rows
         if args.save_model:
             save_checkpoint(folder / "agent.pt", state)
 

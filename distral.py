@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -59,10 +60,10 @@ class Args:
 
     # Algorithm specific arguments
     tasks: tuple[str, ...] = ("5x5-1", "5x5-2", "6x5-1", "6x6-1")  # tasks: HxW-boxes
-    held_out: str = "6x6-2"  # a task that nothing learns on: π_0 is evaluated on it
-    algorithm: Literal["distral", "independent", "multitask", "two-column"] = "distral"  # A2C baselines: a network for each task, one for all, or two columns without a pull towards π_0
+    held_out: str = "6x6-2"  # a task that nothing learns on: the distilled policy is evaluated on it
+    algorithm: Literal["distral", "independent", "multitask", "two-column"] = "distral"  # or A2C
     variant: Literal["kl", "kl+ent"] = "kl+ent"  # kl: alpha is 1 (no entropy term)
-    columns: Literal[1, 2] = 2  # 1: π_i and π_0 are networks of their own
+    columns: Literal[1, 2] = 2  # 1: each policy is a network of its own
     alpha: float = 0.5  # c_KL / (c_KL + c_Ent), of kl+ent
     beta: float = 500.0  # 1 / (c_KL + c_Ent), in units of the scaled reward
     total_timesteps: int = 1_000_000  # environment frames, over all tasks
@@ -190,6 +191,19 @@ def saved_args(path: str) -> Any:
         return Args(**load_checkpoint(path, "cpu")["args"])
     except (KeyError, TypeError):
         sys.exit(f"{path} was written by another script, or another version of this one")
+
+
+def resumed_args(args: Any, path: str) -> Any:
+    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
+    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
+    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
+    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
+    names = [field.name for field in fields(Args)]
+    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
+    if wrong := given - beside:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
+        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
+    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -434,7 +448,7 @@ def main(args: Args) -> dict[str, float]:
     if state is not None:
         if "agent" not in state or "envs" not in state:
             sys.exit(f"{path} is no checkpoint of distral.py")
-        args = resumed_args(args, path, state)
+        args = resumed_args(args, path)
     check_distral(args)
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
@@ -467,15 +481,13 @@ def main(args: Args) -> dict[str, float]:
         return metrics
     if state and state["global_step"] >= args.total_timesteps:
         sys.exit(f"{args.resume} is of a finished run: --evaluate it, or give more --total-timesteps")
-    name = f"Sokoban-{n}-tasks__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_name = state["run_name"] if state else name
-    logger = Logger(args, run_name)
+    run_name = state["run_name"] if state else new_run(f"Sokoban-{n}-tasks__{args.exp_name}__{args.seed}")
+    logger = Logger(args, run_name, state["rows"] if state else ())
     folder = logger.path.parent
     global_step = 0
     if state:
         global_step = state["global_step"]
         rng.set_state(state["rng"].cpu())
-        logger.restore(state["rows"])
         observations = [env.set_state(saved) for env, saved in zip(envs, state["envs"], strict=True)]
     else:
         observations = [env.reset(seed=1000 * args.seed + i)[0] for i, env in enumerate(envs)]
@@ -573,7 +585,7 @@ def main(args: Args) -> dict[str, float]:
             save_checkpoint(folder / "checkpoint.pt", {
                 "args": asdict(replace(args, resume=None)), "run_name": run_name, "global_step": global_step,
                 "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.get_state(),
-                "envs": [env.get_state() for env in envs], "rows": len(logger.rows),
+                "envs": [env.get_state() for env in envs], "rows": logger.rows,
             })  # fmt: skip
             saved_at = time.time()
         if over or stop:

@@ -17,14 +17,17 @@ those that readers of the paper reported (docs/distral.md), and π_0 has a close
 Shapes: `E` runs (seeds), `n` tasks, `S` states, `A` actions, `M` = E * n. All tasks of all runs move in lockstep.
 """
 
+import contextlib
 import csv
 import math
 import os
 import pathlib
 import random
+import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -55,16 +58,16 @@ class Args:
     beta: float = 5.0  # 1 / (c_KL + c_Ent), the inverse temperature
     learning_rate: float = 0.5  # step size of Q
     gamma: float = 0.95  # discount
-    num_steps: int = 10  # steps T of a rollout, after which Q and then π_0 are updated
-    distillation: Literal["counts", "gradient"] = "counts"  # π_0 from the discounted counts of actions (the maximum of its likelihood), or by gradient ascent
-    counts_decay: float = 0.97  # counts: what each rollout leaves of the older ones, whose π_i are outdated
+    num_steps: int = 10  # steps T of a rollout, after which Q and the distilled policy are updated
+    distillation: Literal["counts", "gradient"] = "counts"  # from counts of actions, or by gradient ascent
+    counts_decay: float = 0.97  # counts: what each rollout leaves of the older ones, which are outdated
     pseudo_count: float = 0.1  # counts: so many of each action are taken as seen
-    distill_learning_rate: float = 10.0  # gradient: step size of π_0's logits
-    freeze: bool = False  # never update π_0
+    distill_learning_rate: float = 10.0  # gradient: step size of the distilled policy's logits
+    freeze: bool = False  # never update the distilled policy
     previous_action: bool = True  # states hold the last action and reward
     max_episode_steps: int = 100  # steps after which an episode is truncated
     eval_frequency: int = 200  # steps between evaluations, each a row of metrics
-    distilled: str | None = None  # start from the π_0 of this agent.pt
+    distilled: str | None = None  # start from the distilled policy of this agent.pt
     evaluate: str | None = None  # evaluate the policies of this agent.pt, and stop
 
 
@@ -362,7 +365,7 @@ def main(args: Args) -> dict[str, Any]:
     if state is not None and not {"log_prior", "Q", "counts", "goals"} <= set(state):
         sys.exit(f"{path} holds no tables of distral_tabular.py")
     if args.evaluate:
-        args = replace(saved_args(path, state), evaluate=args.evaluate)
+        args = replace(saved_args(path), evaluate=args.evaluate)
     seed_everything(args.seed, args.torch_deterministic)
     rng = np.random.default_rng(args.seed)
     cells, ahead, corridor = read_rooms()
@@ -405,7 +408,7 @@ def main(args: Args) -> dict[str, Any]:
         result = evaluations()
         print(" ".join(f"{name}={np.mean(share):.4g}" for name, share in result.items()))
         return result
-    run_name = f"TwoRooms-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = new_run(f"TwoRooms-v0__{args.exp_name}__{args.seed}")
     logger = Logger(args, run_name)
 
     def start_cells() -> np.ndarray:

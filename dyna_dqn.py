@@ -20,6 +20,7 @@ Shapes: `E` runs, `B` batch, `K` planning steps, `D` imagination depth, `A` acti
 of the replay, `T` steps of an episode. A row is a transition (s, s', a, r, end): `R` = 2S + 3 numbers.
 """
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -30,7 +31,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -62,10 +63,10 @@ class Args:
     num_seeds: int = 1  # independent runs E in lockstep, with seeds from --seed on
     env_id: str = "CartPole-v1"  # a gymnasium environment with vector states and discrete actions, or Sokoban-v0
     total_timesteps: int = 4000  # real steps
-    planning: Literal["none", "replay", "model"] = "model"  # where the K further updates after each real step come from; none: there are none
+    planning: Literal["none", "replay", "model"] = "model"  # where further updates come from
     planning_steps: int = 7  # further updates K
     planning_epsilon: float = 0.5  # probability of a random action in imagination
-    imagination_depth: int = 1  # steps D that the model is fed its own predictions; a batch then starts from B / D replayed states
+    imagination_depth: int = 1  # steps D that the model is fed its own predictions
     learning_rate: float = 5e-4  # learning rate of Q
     buffer_size: int = 100_000  # transitions N of the replay
     gamma: float = 0.99  # discount
@@ -90,7 +91,7 @@ class Args:
     eval_frequency: int = 500  # real steps between evaluations of the greedy policy, each a row of metrics
     eval_episodes: int = 10  # episodes of an evaluation
     stop_return: float | None = None  # stop once an evaluation of every run has reached this mean return
-    resume: str | None = None  # continue from this agent.pt, with its flags and a new episode; --total-timesteps may be raised
+    resume: str | None = None  # continue from this agent.pt, with its flags and a new episode
     evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
 
 
@@ -192,6 +193,19 @@ def saved_args(path: str) -> Any:
         return Args(**load_checkpoint(path, "cpu")["args"])
     except (KeyError, TypeError):
         sys.exit(f"{path} was written by another script, or another version of this one")
+
+
+def resumed_args(args: Any, path: str) -> Any:
+    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
+    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
+    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
+    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
+    names = [field.name for field in fields(Args)]
+    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
+    if wrong := given - beside:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
+        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
+    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
 
 
 # `cells` as four planes (wall, target, box, player), one row a cell value: lossless, and fewer than one-hot's seven
@@ -444,9 +458,9 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state is not None:
-        args = resumed_args(args, path, state)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_name = state["run_name"] if state else re.sub("[:/]", "-", name)
+        args = resumed_args(args, path)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+    run_name = state["run_name"] if state else new_run(name)
     seed_everything(args.seed, args.torch_deterministic)
     E, K, B, D = args.num_seeds, args.planning_steps, args.batch_size, args.imagination_depth
     envs = [make_feature_env(args, f"videos/{run_name}-{e}" if args.capture_video else None) for e in range(E)]
@@ -466,11 +480,11 @@ def main(args: Args) -> list[dict[str, Any]]:
     }  # fmt: skip
     replay = torch.zeros(E, args.buffer_size, 2 * S + 3, device=device)  # (E, N, R)
     rng, coin = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
-    done_steps, num_rows, updates = 0, 0, 0
+    done_steps, updates = 0, 0
     if state is not None:
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        done_steps, num_rows, updates = state["global_step"], state["num_rows"], state["updates"]
+        done_steps, updates = state["global_step"], state["updates"]
         replay[:, : state["replay"].shape[1]] = state["replay"]
         rng.set_state(state["rng"].cpu())
         coin.seed(f"{args.seed} {done_steps}")
@@ -481,9 +495,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         half = 1.96 * returns.std() / math.sqrt(returns.size)
         print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
         return [{"eval/return": returns.mean(1).tolist()}]
-    logger = Logger(args, run_name)
-    if state is not None:
-        logger.restore(num_rows)
+    logger = Logger(args, run_name, state["rows"] if state else ())
 
     episodes: list[tuple[float, int]] = []  # (return, length) of those since the last row
     losses: dict[str, list[Tensor]] = {"td_loss": [], "q_values": [], "model_loss": []}
@@ -582,7 +594,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             if args.save_model:
                 state = {name: module.state_dict() for name, module in modules.items()}
                 state |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "updates": updates}
-                state |= {"rng": rng.get_state(), "num_rows": len(logger.rows)}
+                state |= {"rng": rng.get_state(), "rows": logger.rows}
                 state["replay"] = replay[:, : min(global_step, args.buffer_size)].clone()
                 save_checkpoint(logger.path.with_name("agent.pt"), state)
             reached |= returns.mean(1) >= (math.inf if args.stop_return is None else args.stop_return)

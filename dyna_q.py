@@ -16,6 +16,7 @@ action q, the rule of the lecture that this project follows). Sutton & Barto's r
 `K` planning steps; `s`, `a` are numbers. Tables are lists of lists: reading one cell of an array costs ten times more.
 """
 
+import contextlib
 import csv
 import heapq
 import math
@@ -25,8 +26,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -51,22 +52,22 @@ class Args:
     save_model: bool = False  # write the table to runs/<run_name>/agent.pt at the end
 
     # Algorithm specific arguments
-    env_id: str = "DynaMaze-v0"  # DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0, or any gymnasium environment with discrete states and actions
+    env_id: str = "DynaMaze-v0"  # a maze (Dyna, Blocking, Shortcut), or any with discrete states, actions
     total_timesteps: int = 6000  # real steps
     num_episodes: int = 0  # stop after so many episodes, if they come sooner (0: never)
     alpha: float = 0.1  # step size alpha
     gamma: float = 0.95  # discount gamma
     epsilon: float = 0.1  # probability of a random action
     planning_steps: int = 5  # imagined updates K after each real step; 0 is Q-learning
-    planning_action: Literal["q", "visited"] = "q"  # how planning picks an action of a visited state, among those tried there: ε-greedily by Q, or any (the book)
-    model: Literal["last", "counts"] = "last"  # what a pair leads to: its last outcome, or each outcome as often as it was seen (for stochastic environments)
-    kappa: float = 0.0  # Dyna-Q+: planning adds κ √τ to the reward of a pair that was last tried τ real steps ago
-    prioritized: bool = False  # prioritised sweeping: planning takes the largest errors first, and works backwards from them
-    theta: float = 1e-4  # prioritised sweeping: the smallest error θ that enters the queue
+    planning_action: Literal["q", "visited"] = "q"  # planning: epsilon-greedy, or any tried action
+    model: Literal["last", "counts"] = "last"  # the last outcome, or each as often as it was seen
+    kappa: float = 0.0  # Dyna-Q+: planning adds kappa * sqrt(real steps since a pair was tried)
+    prioritized: bool = False  # prioritised sweeping: the largest errors first, and backwards from them
+    theta: float = 1e-4  # prioritised sweeping: the smallest error that enters the queue
     maze_scale: int = 1  # mazes: each cell becomes so many cells a side
     size: int = 6  # Sokoban: board size
     num_boxes: int = 1  # Sokoban: boxes
-    level_seed: int = 11  # Sokoban: which generated level, the same in every episode (11: of the first dozen, the longest to solve)
+    level_seed: int = 11  # Sokoban: which generated level, the same in every episode
     log_frequency: int = 1000  # real steps between rows of metrics (0: none)
     evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
     eval_episodes: int = 100  # episodes of an evaluation
@@ -363,7 +364,7 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
     check_dyna_q(args)
     if args.evaluate:
         state = load_checkpoint(args.evaluate, "cpu")
-        env = make_table_env(saved_args(args.evaluate, state))
+        env = make_table_env(saved_args(args.evaluate))
         if isinstance(env.unwrapped, MazeEnv):
             changed = state["global_step"] >= env.unwrapped.change_step
             env.unwrapped.change_step = 0 if changed else math.inf  # the walls stay as the run left them
@@ -373,7 +374,7 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
         print(f"greedy policy: return {returns.mean():.4g} ± {half:.2g}, {lengths.mean():.1f} steps an episode")
         return {"returns": returns, "lengths": lengths}
 
-    run_name = re.sub("[:/]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}")
     seed_everything(args.seed, args.torch_deterministic)
     rng = random.Random(args.seed)
     uniform = rng.random  # int(uniform() * n) is the fastest way to an integer

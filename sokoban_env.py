@@ -309,7 +309,12 @@ def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any
 
 
 def _generate(
-    xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[int, int], solve: bool, max_pulls: int | None = None
+    xp: Any,
+    device: str,
+    settings: tuple[int, int, int],
+    seed: tuple[int, int],
+    solve: bool,
+    max_pulls: int | None = None,
 ) -> Iterator:
     """Make one batch of levels in small slices of work: yields None after each, and in the end (boards, solutions).
 

@@ -31,7 +31,7 @@ import re
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -55,11 +55,11 @@ class Args:
     wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
     wandb_entity: str | None = None  # the Weights and Biases team
     capture_video: bool = False  # with --evaluate: film an episode into videos/<run_name>
-    save_model: bool = False  # write runs/<run_name>/agent.pt after every iteration: for --evaluate, --resume and --behavior
+    save_model: bool = False  # write runs/<run_name>/agent.pt after every iteration
 
     # Algorithm specific arguments
-    env_id: str = "CartPole-v1"  # a gymnasium environment with vector states, and discrete or bounded continuous actions
-    model: Literal["deterministic", "ensemble", "gp", "real"] = "ensemble"  # networks by squared error, Gaussian networks, a Gaussian process, or no model: PPO on the real environment
+    env_id: str = "CartPole-v1"  # vector states; discrete or bounded continuous actions
+    model: Literal["deterministic", "ensemble", "gp", "real"] = "ensemble"  # real: PPO without a model
     total_timesteps: int = 1000  # real steps; evaluations don't count
     iterations: int | None = None  # stop after so many iterations; 1: the plain recipe, on one fixed data set
     initial_steps: int = 200  # real steps of the first iteration
@@ -67,33 +67,33 @@ class Args:
     behavior: str = "random"  # what collects the first data: random, expert (hand-written), or PATH of an agent.pt
     data: str | None = None  # take the first data from this .npz instead
     save_data: str | None = None  # write all data to this .npz
-    action_noise: float = 0.0  # noise of the real environment: probability of a random action, or standard deviation in units of the bounds
+    action_noise: float = 0.0  # of the real environment: probability of a random action, or deviation
     ensemble_size: int = 5  # networks K; 1: a single model
     model_hidden: tuple[int, ...] = (64, 64)  # units of the networks' hidden layers
     model_learning_rate: float = 2e-3  # learning rate of the networks
     model_batch_size: int = 128  # transitions of an update of the networks
     model_epochs: int = 300  # most epochs of a fit
     model_patience: int = 20  # epochs without a better validation loss before a fit ends
-    validation_share: float = 0.2  # share of the episodes that is held out from a fit; of a single episode, share of its steps
+    validation_share: float = 0.2  # share of the episodes that is held out from a fit
     gp_points: int = 400  # most points of the Gaussian process; a random subset of more
     gp_steps: int = 100  # gradient steps on its marginal likelihood
     true_reward: bool = False  # imagined steps pay the environment's own reward, not the one that the model has learned
-    sample_member: Literal["step", "trajectory"] = "step"  # draw a member of the ensemble at each imagined step, or let an imagined episode keep its own
+    sample_member: Literal["step", "trajectory"] = "step"  # when a member is drawn
     start_states: Literal["visited", "initial"] = "visited"  # where imagined episodes start
     horizon: int = 100  # most steps of an imagined episode
     policy_updates: int = 60  # most PPO updates in an iteration
     check_frequency: int = 10  # PPO updates between checks of the imagined return under each member
-    improvement_share: float = 0.7  # an iteration ends when fewer of the members see an improvement over the best; 0: it never ends early
-    check_patience: int = 2  # consecutive checks of which that must be true, after one that saw an improvement; 1 in the paper
+    improvement_share: float = 0.7  # an iteration ends when fewer members see an improvement; 0: never
+    check_patience: int = 2  # consecutive checks of which that must be true (1 in the paper)
     num_envs: int = 500  # environments B, imagined ones (or real ones with --model real)
     num_steps: int = 50  # steps T between PPO updates
     learning_rate: float = 1e-3  # learning rate of PPO
     anneal_lr: bool = False  # let it fall to zero over the real steps
     hidden: tuple[int, ...] = (32, 32)  # units of the hidden layers of actor and critic
-    normalize_states: bool = True  # let actor and critic read states in units of their spread in the data (not with --model real)
-    reward_scale: float | None = None  # factor on rewards for PPO; by default (1 - gamma) / mean |r|, so that values are near 1
+    normalize_states: bool = True  # let actor and critic read states in units of their spread
+    reward_scale: float | None = None  # factor on rewards (default: (1 - gamma) / mean |r|)
     gamma: float = 0.99  # discount
-    gae_lambda: float = 0.95  # λ of the advantages
+    gae_lambda: float = 0.95  # lambda of the advantages
     num_minibatches: int = 5  # minibatches of an epoch of PPO
     update_epochs: int = 3  # epochs of PPO
     clip_coef: float = 0.2  # how far the ratio of probabilities may go
@@ -212,6 +212,19 @@ def saved_args(path: str) -> Any:
         return Args(**load_checkpoint(path, "cpu")["args"])
     except (KeyError, TypeError):
         sys.exit(f"{path} was written by another script, or another version of this one")
+
+
+def resumed_args(args: Any, path: str) -> Any:
+    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
+    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
+    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
+    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
+    names = [field.name for field in fields(Args)]
+    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
+    if wrong := given - beside:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
+        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
+    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -837,9 +850,9 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state is not None:
-        args = resumed_args(args, path, state)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_name = state["run_name"] if state else re.sub("[:/]", "-", name)
+        args = resumed_args(args, path)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+    run_name = state["run_name"] if state else new_run(name)
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
     real, seed = args.model == "real", 100_000 * args.seed
@@ -855,11 +868,11 @@ def main(args: Args) -> list[dict[str, Any]]:
     env_model.true_reward = TRUE_REWARDS[args.env_id] if args.true_reward else None
     K, modules = env_model.K, {"agent": agent, "env_model": env_model, "optimizer": optimizer}
     data: dict[str, Tensor] = {}
-    global_step, iteration, num_rows, imagined_steps, minutes = 0, 0, 0, 0, 0.0
+    global_step, iteration, imagined_steps, minutes = 0, 0, 0, 0.0
     if state is not None:
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        global_step, iteration, num_rows = state["global_step"], state["iteration"], state["num_rows"]
+        global_step, iteration = state["global_step"], state["iteration"]
         imagined_steps, minutes, data = state["imagined_steps"], state["minutes"], state["data"]
         rng.set_state(state["rng"].cpu())
 
@@ -893,9 +906,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             return F.one_hot(a, A).float() if envs.discrete else a.float().reshape(1, A).clamp(-1, 1)
         return teacher.act(s, rng)
 
-    logger = Logger(args, run_name)
-    if state is not None:
-        logger.restore(num_rows)
+    logger = Logger(args, run_name, state["rows"] if state else ())
     num_rows = len(logger.rows)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" real steps", disable=not sys.stderr.isatty())
     while global_step < args.total_timesteps and iteration < (args.iterations or math.inf):
@@ -996,7 +1007,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         if args.save_model:
             state = {name: module.state_dict() for name, module in modules.items()}
             state |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "iteration": iteration}
-            state |= {"num_rows": len(logger.rows), "imagined_steps": imagined_steps, "minutes": minutes}
+            state |= {"rows": logger.rows, "imagined_steps": imagined_steps, "minutes": minutes}
             save_checkpoint(logger.path.with_name("agent.pt"), state | {"data": data, "rng": rng.get_state()})
         if args.stop_return is not None and metrics["eval/return"] >= args.stop_return:
             break
