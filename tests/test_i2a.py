@@ -316,14 +316,20 @@ def test_model_metrics_by_hand():
 
 
 def test_exact_rollouts_compare_with_the_simulator():
-    frames = load_levels(save("######\n#@ $.#\n######", "######\n# @$.#\n######"), 6)[:, None]
-    shares = []
-    for env_model in ("perfect", "copy"):
-        networks = i2a.make_networks(replace(SMALL, env_model=env_model), CPU)
-        networks["rollout_policy"].forward = lambda x: torch.tensor([1e6, 0.0, 0, 0, 0]).expand(len(x), A)
-        shares.append(i2a.rollout_accuracy(SMALL, networks, frames, 1)["model/exact_rollouts"])
-    # the copy model is right where nothing moves: no-op, up, down, and left in the first; the win is two moves away
-    assert shares == [1, pytest.approx(7 / 10)]
+    class Lost(i2a.PerfectModel):  # right up to the end, and wrong about what would come after it
+        def predict(self, frames: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            frame, reward, end = super().predict(frames, action)
+            over = (frames[:, -1] != 3).flatten(1).all(1)
+            return torch.where(over[:, None, None], 0, frame), reward, end
+
+    frames = load_levels(save("######\n#@$. #\n######", "######\n#@ $.#\n######", "######\n# @$.#\n######"), 6)[:, None]
+    stay = torch.nn.Module()
+    stay.forward = lambda x: torch.tensor([1e6, 0.0, 0, 0, 0]).expand(len(x), A)
+    models = i2a.PerfectModel(SMALL), Lost(SMALL), i2a.CopyModel(SMALL, 4)
+    networks = [{"env_model": model, "rollout_policy": stay} for model in models]
+    shares = [i2a.rollout_accuracy(SMALL, x, frames, 1)["model/exact_rollouts"] for x in networks]
+    # the copy model is right where nothing moves: no-op, up and down, and left where the wall is
+    assert shares == [1, 1, pytest.approx(11 / 15)]
 
 
 def save(*texts: str) -> str:
