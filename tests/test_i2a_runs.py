@@ -394,7 +394,7 @@ def test_a_killed_run_resumes_bit_for_bit(flags: list[str], when: str, monkeypat
         row.pop("charts/SPS", None), row.pop("charts/minutes", None)
     assert rows == again
     i2a.main(i2a.parse_args(["--evaluate", str(killed / "agent.pt")]))  # knows of no resuming
-    assert torch.load(killed / "agent.pt")["args"]["resume"] is None
+    assert other["args"]["resume"] is torch.load(killed / "agent.pt")["args"]["resume"] is None
 
 
 @pytest.mark.parametrize("anneal", [["--anneal-lr"], ["--no-anneal-lr"]])
