@@ -291,14 +291,14 @@ def test_the_models_loss_by_hand():
 
 
 def test_model_metrics_by_hand():
-    class Wrong(torch.nn.Module):  # right about everything but pushes; and it sees no end
+    class Wrong(torch.nn.Module):  # wrong about pushes, about the reward of down and the end of up
         kind = "cells"
 
         def predict(self, frames: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
             following, reward, _ = i2a.PerfectModel(SMALL).predict(frames, action)
             pushed = (following == 3).flatten(1).ne((frames[:, -1] == 3).flatten(1)).any(1)
-            wrong = action == 2  # down: a reward that isn't paid
-            return torch.where(pushed[:, None, None], frames[:, -1], following), reward + wrong, torch.zeros_like(wrong)
+            frame = torch.where(pushed[:, None, None], frames[:, -1], following)
+            return frame, reward + (action == 2), action == 1
 
     rooms = ["#@$. #", "#@$  #", "#.$@ #"], ["#    #", "#   .#", "#    #"]
     text = ["\n".join(["######", top, below, "######"]) for top, below in zip(*rooms, strict=True)]
@@ -309,21 +309,27 @@ def test_model_metrics_by_hand():
     metrics = i2a.model_metrics(Wrong(), data)
     assert set(metrics) == {"model/exact_board_accuracy", "model/all_right"}
     assert metrics["model/exact_board_accuracy"] == pytest.approx(12 / 15)  # three pushes: right, right, left
-    assert metrics["model/all_right"] == pytest.approx(9 / 15)  # and three steps down
+    assert metrics["model/all_right"] == pytest.approx(6 / 15)  # and three steps down, three up
     assert i2a.model_metrics(i2a.PerfectModel(SMALL), data)["model/all_right"] == 1
     many = {name: x.repeat_interleave(100, 0) for name, x in data.items()}  # more than are predicted at once
-    assert i2a.model_metrics(Wrong(), many)["model/all_right"] == pytest.approx(9 / 15)
+    assert i2a.model_metrics(Wrong(), many)["model/all_right"] == pytest.approx(6 / 15)
 
 
 def test_exact_rollouts_compare_with_the_simulator():
-    frames = load_levels(save("######\n#@ $.#\n######", "######\n# @$.#\n######"), 6)[:, None]
-    shares = []
-    for env_model in ("perfect", "copy"):
-        networks = i2a.make_networks(replace(SMALL, env_model=env_model), CPU)
-        networks["rollout_policy"].forward = lambda x: torch.tensor([1e6, 0.0, 0, 0, 0]).expand(len(x), A)
-        shares.append(i2a.rollout_accuracy(SMALL, networks, frames, 1)["model/exact_rollouts"])
-    # the copy model is right where nothing moves: no-op, up, down, and left in the first; the win is two moves away
-    assert shares == [1, pytest.approx(7 / 10)]
+    class Lost(i2a.PerfectModel):  # right up to the end, and wrong about what would come after it
+        def predict(self, frames: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            frame, reward, end = super().predict(frames, action)
+            over = (frames[:, -1] != 3).flatten(1).all(1)
+            return torch.where(over[:, None, None], 0, frame), reward, end
+
+    frames = load_levels(save("######\n#@$. #\n######", "######\n#@ $.#\n######", "######\n# @$.#\n######"), 6)[:, None]
+    stay = torch.nn.Module()
+    stay.forward = lambda x: torch.tensor([1e6, 0.0, 0, 0, 0]).expand(len(x), A)
+    models = i2a.PerfectModel(SMALL), Lost(SMALL), i2a.CopyModel(SMALL, 4)
+    networks = [{"env_model": model, "rollout_policy": stay} for model in models]
+    shares = [i2a.rollout_accuracy(SMALL, x, frames, 1)["model/exact_rollouts"] for x in networks]
+    # the copy model is right where nothing moves: no-op, up and down, and left where the wall is
+    assert shares == [1, 1, pytest.approx(11 / 15)]
 
 
 def save(*texts: str) -> str:
