@@ -269,9 +269,9 @@ def generalized_advantages(
     return result
 
 
-def sample(logits: Tensor, noise: Tensor) -> Tensor:
-    """Actions (B,) ~ softmax(logits), by `noise` (B, A) ~ Exp(1): the argmax of p / noise."""
-    return (logits - noise.log()).argmax(-1)
+def sample(logits: Tensor, rng: torch.Generator) -> Tensor:
+    """Actions (B,) ~ softmax(logits): the Gumbel-max trick (-log of Exp(1) is Gumbel noise)."""
+    return (logits - torch.empty_like(logits).exponential_(generator=rng).log()).argmax(-1)
 
 
 def actor_critic_losses(logits: Tensor, values: Tensor, actions: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
@@ -360,8 +360,7 @@ def play_episodes(
         if film and playing[0]:
             pictures.append(task.envs.render()[0])
         out = torch.zeros(len(x), task.num_actions, device=device) if policy is None else policy(x)
-        noise = torch.empty_like(out).exponential_(generator=rng)
-        action = out.argmax(-1) if greedy and policy is not None else sample(out, noise)
+        action = out.argmax(-1) if greedy and policy is not None else sample(out, rng)
         x, reward, terminated, truncated, _ = task.step(action)
         returns += reward * playing  # what comes after an episode's end doesn't count
         ended |= terminated & playing
@@ -520,7 +519,7 @@ def train_actor_critic(
         steps = []
         for _ in range(args.num_steps):
             logits, value = net.with_value(x)  # with its graph: the policy stays as it is until the update
-            action = sample(logits.detach(), torch.empty_like(logits).exponential_(generator=rng))
+            action = sample(logits.detach(), rng)
             x, reward, terminated, truncated, true_next = task.step(action)
             steps.append((action, reward, terminated, truncated, true_next, logits, value))
         actions, rewards, terminated, truncated, true_next, logits, values = map(torch.stack, zip(*steps, strict=True))
@@ -623,7 +622,7 @@ def visited_states(
     for _ in range(math.ceil(num / task.num_envs)):
         states.append(x)
         out = teacher(x)
-        action = out.argmax(-1) if greedy else sample(out, torch.empty_like(out).exponential_(generator=rng))
+        action = out.argmax(-1) if greedy else sample(out, rng)
         x, *_ = task.step(explored(action, task.num_actions, epsilon, rng))
     return torch.cat(states)
 
@@ -827,8 +826,7 @@ def main(args: Args) -> list[dict[str, Any]]:
                     # apart: sums of divergences are large, and the trunk is the policy's
                     both = student.with_value(x, i, apart=True) if args.correction else (student(x, i), x.new_zeros(()))
                     logits, value = both
-                    noise = torch.empty_like(logits).exponential_(generator=rng)
-                    action = sample(logits.detach(), noise)
+                    action = sample(logits.detach(), rng)
                     observations[i], _, terminated, truncated, true_next = task.step(action)
                     rollout.append((x, logits, value, action, terminated, truncated, true_next))
                 x, logits, values, action, terminated, truncated, true_next = map(

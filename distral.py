@@ -245,9 +245,9 @@ def generalized_advantages(
     return result
 
 
-def sample(logits: Tensor, noise: Tensor) -> Tensor:
-    """Actions (B,) ~ softmax(logits), by `noise` (B, A) ~ Exp(1): the argmax of p / noise."""
-    return (logits - noise.log()).argmax(-1)
+def sample(logits: Tensor, rng: torch.Generator) -> Tensor:
+    """Actions (B,) ~ softmax(logits): the Gumbel-max trick (-log of Exp(1) is Gumbel noise)."""
+    return (logits - torch.empty_like(logits).exponential_(generator=rng).log()).argmax(-1)
 
 
 def actor_critic_losses(logits: Tensor, values: Tensor, actions: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
@@ -380,7 +380,7 @@ def solve_levels(policy: Any, levels: Tensor, args: Args, height: int, width: in
     film = [boards]
     for _ in range(limit):
         logits = policy(pad_boards(boards, height, width))
-        boards, _, terminated, _, info = envs.step(sample(logits, torch.empty_like(logits).exponential_(generator=rng)))
+        boards, _, terminated, _, info = envs.step(sample(logits, rng))
         last = info.get("final_obs", boards)  # solved: it plays another level from here on, which doesn't count
         film.append(torch.where(solved[:, None, None], film[-1], last))
         solved |= terminated  # a later episode of the same board adds nothing
@@ -505,7 +505,7 @@ def main(args: Args) -> dict[str, float]:
         for t in range(T):
             with torch.no_grad():
                 logits = agent(boards)[0]  # (n, N, A)
-            action = sample(logits, torch.empty_like(logits).exponential_(generator=rng))
+            action = sample(logits, rng)
             following, results = torch.empty_like(boards), []
             for i, env in enumerate(envs):
                 observation, *result, info = env.step(action[i])

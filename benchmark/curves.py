@@ -1,4 +1,4 @@
-"""Curves and a table from a study's file, benchmark/results/STUDY.csv: docs/STUDY.png, benchmark/results/STUDY_table.csv.
+"""Curves and a table of a study, from benchmark/results/STUDY.csv: docs/STUDY.png, benchmark/results/STUDY_table.csv.
 
     python benchmark/curves.py --study i2a_7x7 --reference i2a --sps i2a=1560 model-free=3600
 
@@ -107,7 +107,9 @@ def draw(args: Args, curves: dict[str, dict[int, Curve]]) -> None:
         grid = np.linspace(max(f[0] for f, _ in seeds.values()), min(f[-1] for f, _ in seeds.values()), 100)
         shares = np.array([np.interp(grid, *curve) for curve in seeds.values()])  # (seeds, 100)
         mean = shares.mean(0)
-        axis.plot(grid / 1e6, mean, color=colour, label=f"{variant} ({len(seeds)} seeds)" if len(seeds) > 1 else variant)
+        axis.plot(
+            grid / 1e6, mean, color=colour, label=f"{variant} ({len(seeds)} seeds)" if len(seeds) > 1 else variant
+        )
         if len(seeds) > 1:
             half = np.array([half_interval(column) for column in shares.T])
             axis.fill_between(grid / 1e6, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)

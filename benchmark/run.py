@@ -3,8 +3,8 @@
     python benchmark/run.py --study i2a_7x7 --variants "i2a=" "model-free=--agent model-free" \
         --flags "--total-timesteps 1000000" --seeds 11 12 13 14 15 --jobs 2
 
-A run is known by its --exp-name, STUDY-VARIANT, and its seed. One that is finished (agent.pt is there) is not run again;
-one that was cut off goes on from its checkpoint. Rows of runs that are still under way are collected too.
+A run is known by its --exp-name, STUDY-VARIANT, and its seed. One that is finished (agent.pt is there) is not run
+again; one that was cut off goes on from its checkpoint. Rows of runs that are still under way are collected too.
 """
 
 import os
