@@ -903,8 +903,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--observation rgb needs --view board, --no-symmetry and at most three convolutions")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
         sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
-    if args.imagination_depth < 1 or args.model_frames < 1000:
-        sys.exit("--imagination-depth must be at least 1, and --model-frames 1000")
+    if args.imagination_depth < 1 or args.model_frames < 640:
+        sys.exit("--imagination-depth must be at least 1, and --model-frames 640")
     if not 0 <= args.seed < EVAL_SEED // 1000:
         sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}")
     try:
