@@ -34,22 +34,22 @@ class Args:
 
 
 def read_curves(study: str) -> tuple[dict[str, dict[int, Curve]], dict[str, list[float]]]:
-    """By variant and seed the curves; by variant the held-out evaluations at the end of finished runs."""
+    """By variant and seed the curves; by variant the last held-out evaluation of each seed."""
     columns: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    held_out: dict[str, list[float]] = {}
+    held_out: dict[str, dict[int, float]] = {}
     for row in read_rows(RESULTS / f"{study}.csv"):
         if row.get("charts/solved"):
             point = float(row["global_step"]), float(row["charts/solved"])
             columns.setdefault(row["variant"], {}).setdefault(int(row["seed"]), []).append(point)
         if row.get("eval/solved"):
-            held_out.setdefault(row["variant"], []).append(float(row["eval/solved"]))
+            held_out.setdefault(row["variant"], {})[int(row["seed"])] = float(row["eval/solved"])
     curves: dict[str, dict[int, Curve]] = {}
     for variant, seeds in columns.items():
         for seed, points in seeds.items():
             frames, solved = np.array(points).T
             smooth = [solved[max(0, i + 1 - WINDOW) : i + 1].mean() for i in range(len(solved))]
             curves.setdefault(variant, {})[seed] = frames, np.array(smooth)
-    return curves, held_out
+    return curves, {variant: [*shares.values()] for variant, shares in held_out.items()}
 
 
 def reached(curve: Curve, threshold: float) -> float:
