@@ -635,8 +635,11 @@ def test_evaluation_plays_each_level_once(greedy: bool, lead: float):
     assert metrics["eval/solved"] == pytest.approx(2 / 3) and metrics["eval/mean_steps"] == 2
     assert metrics["eval/imagined_steps_per_solved"] == A * 2 * (2 + 2 + 7) / 2
     assert len(film) == 8 and torch.equal(film[0], levels)
-    assert (film[2:, :2] == 4).flatten(2).sum(2).eq(1).all()  # what is solved stands still
-    wall = torch.stack([levels[2]] * 2)
-    assert i2a.evaluate(args, networks, wall, CPU)[0] == {"eval/solved": 0}
     many = levels.repeat(400, 1, 1)  # more than are played at once
     assert i2a.evaluate(args, networks, many, CPU)[0]["eval/solved"] == pytest.approx(2 / 3)
+    assert (film[2:, :2] == 4).flatten(2).sum(2).eq(1).all()  # what is solved stands still
+    networks["agent"].forward = lambda frames, _: (torch.zeros(len(frames), A), None)
+    games = [i2a.evaluate(args, networks, levels, CPU)[1] for _ in range(2)]
+    assert torch.equal(*games)  # the seed's
+    wall = torch.stack([levels[2]] * 2)
+    assert i2a.evaluate(replace(args, greedy=True), networks, wall, CPU)[0] == {"eval/solved": 0}
