@@ -2,16 +2,18 @@
 
 A learned model of the environment imagines one rollout for each action; an encoder reads the rollouts, and an
 actor-critic sees their embeddings beside the real observation. It learns what to make of an imperfect model. Ours:
-networks see the board from the player's place, and PPO reuses what was imagined while acting (`--preset paper`: not).
+networks see the board from the player's place, and PPO takes several epochs over one rollout. `--preset paper` has
+neither. Other differences from the paper are in docs/i2a.md.
 
     python i2a.py                               # from nothing to a trained agent, 7x7 rooms with two boxes
     python i2a.py --agent model-free            # the baseline; --env-model copy | poor | perfect: the other ones
     python i2a.py --evaluate runs/NAME/agent.pt # solve rate on held-out levels
     python i2a.py --preset paper                # the paper's sizes (80x80 RGB, 10x10, 4 boxes): a GPU's job
 
-Shapes: `T` steps of a rollout, `B` environments (or rows of a minibatch), `A` actions, `D` imagination depth, `R = B *
-A` imagined rollouts, of which row b * A + a starts with action a in environment b, `F` stacked frames, `H, W` pixels of
-a frame (cells of the board, for `cells`), `C` classes of a pixel, `P` input planes.
+Shapes: `T` steps of a rollout, `B` environments, `M` rows of a minibatch or of the model's data, `A` actions, `D`
+imagination depth, `R = B * A` imagined rollouts, of which row b * A + a starts with action a in environment b, `F`
+stacked frames, `H, W` pixels of a frame (cells of the board, for `cells`), `C` classes of a pixel, `P` input planes,
+`L` levels.
 """
 
 import contextlib
@@ -63,7 +65,7 @@ class Args:
     save_model: bool = True  # write agent.pt (weights only) at the end
 
     # Algorithm specific arguments
-    preset: Literal["default", "paper-small", "paper"] = "default"  # paper-small: as the paper, in 7x7 rooms on a CPU
+    preset: Literal["default", "paper-small", "paper"] = "default"  # paper-small: the paper's A2C and view, small
     agent: Literal["i2a", "model-free"] = "i2a"  # model-free: the same agent without its imagination
     size: int = 7  # board size
     num_boxes: int = 2  # boxes of a level (of --levels, if given: what the file has)
@@ -81,7 +83,7 @@ class Args:
     gamma: float = 0.97  # discount
     gae_lambda: float = 0.95  # 1: the n-step returns of the paper
     num_minibatches: int = 8  # minibatches of an epoch
-    update_epochs: int = 4  # epochs of an update; with one minibatch and no normalisation, 1 is A2C
+    update_epochs: int = 4  # epochs; A2C: 1, with 1 minibatch, --no-norm-adv and --no-symmetry
     norm_adv: bool = True  # normalise the advantages of a minibatch
     clip_coef: float = 0.2  # PPO's clipping
     ent_coef: float = 0.01  # entropy bonus
@@ -117,16 +119,16 @@ class Args:
 
 
 # The paper's setting. Its learning rate, steps of a rollout, discount, and all of the model's data are not published.
-A2C = Args(
+PAPER_SMALL = Args(
     view="board", symmetry=False, num_minibatches=1, update_epochs=1, norm_adv=False, anneal_lr=False, num_envs=32,
     num_steps=8, learning_rate=3e-3, ent_coef=0.001, cnn_channels=(16, 16), dense=128, encoder_channels=(16, 16),
     lstm=64, total_timesteps=1_500_000,
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
-    "paper-small": A2C,
+    "paper-small": PAPER_SMALL,
     "paper": replace(
-        A2C, size=10, num_boxes=4, max_episode_steps=120, observation="rgb", total_timesteps=10**9, num_steps=5,
+        PAPER_SMALL, size=10, num_boxes=4, max_episode_steps=120, observation="rgb", total_timesteps=10**9, num_steps=5,
         optimizer="rmsprop", learning_rate=7e-4, gae_lambda=1.0, ent_coef=0.01, reward_scale=1.0, imagination_depth=5,
         cnn_channels=(32, 64, 64), encoder_channels=(32, 64, 64), dense=512, lstm=512, model_width=64,
         model_frames=1_000_000, model_steps=100_000, log_frequency=1_000_000,
@@ -265,9 +267,9 @@ def cell_planes(cells: Tensor) -> Tensor:
 
 
 def player_view(cells: Tensor) -> Tensor:
-    """Boards (..., H, W) rolled so that the player stands in the middle: (..., H-1, W-1), uint8.
+    """Boards (..., H, W) rolled so that the player stands in the middle, at ((H-1)//2, (W-1)//2): (..., H-1, W-1).
 
-    After the roll the outer wall would stand in the board twice, side by side: once is enough.
+    Row 0 and row H-1 are both wall, and columns alike: counted modulo H-1, the wall stands in the result once.
     """
     height, width = cells.shape[-2:]
     boards = cells.reshape(-1, height * width)
@@ -298,24 +300,6 @@ def generalized_advantages(
 # --------------------------------------------------------------------------------------------------------- networks
 
 
-@functools.cache
-def palette(device: torch.device) -> Tensor:
-    """The colours (C, 3) of an RGB observation, copied to the device once."""
-    return torch.as_tensor(sokoban_env.SPRITE_PALETTE, device=device)
-
-
-def encode(frame: Tensor, kind: str) -> Tensor:
-    """A frame (..., H, W[, 3]) as the class of each pixel (..., H, W): its cell value, or its colour in the palette."""
-    if kind == "cells":
-        return frame.long()
-    return (frame[..., None, :] == palette(frame.device)).all(-1).byte().argmax(-1)
-
-
-def decode(classes: Tensor, kind: str) -> Tensor:
-    """The inverse of `encode`."""
-    return classes.byte() if kind == "cells" else palette(classes.device)[classes]
-
-
 def to_planes(frames: Tensor, kind: str, view: str) -> Tensor:
     """Frames (B, F, H, W[, 3]) uint8 to network input (B, F * P, H, W), float32; H-1, W-1 from the player's view."""
     if kind == "rgb":
@@ -326,12 +310,15 @@ def to_planes(frames: Tensor, kind: str, view: str) -> Tensor:
 
 
 class FrameNet(nn.Module):
-    """Frames to a feature vector: the paper's convolutions for `rgb`, 3x3 ones (ours) for `cells`; a dense layer."""
+    """Frames to a feature vector: the paper's convolutions and strides for `rgb`, 3x3 ones (ours) for `cells`; a dense
+    layer."""
 
     def __init__(self, args: Args, planes: int, channels: tuple[int, ...], units: int, first_stride: int = 1) -> None:
         super().__init__()
         self.kind, self.view = args.observation, args.view
-        pixels = 8 * args.size if self.kind == "rgb" else args.size - (self.view == "player")
+        pixels = 8 * args.size if self.kind == "rgb" else args.size
+        if self.view == "player":
+            pixels -= 1
         layers: list[nn.Module] = []
         for i, width in enumerate(channels):
             if self.kind == "rgb":
@@ -360,31 +347,33 @@ class EnvModel(nn.Module):
     the C classes of each pixel, one over reward values, and the probability that the episode ends.
     """
 
-    def __init__(self, args: Args, width: int) -> None:
+    def __init__(self, args: Args) -> None:
         super().__init__()
         self.kind = args.observation
-        cells = self.kind == "cells"
-        planes = NUM_PLANES[self.kind] * args.frame_stack
-        # `rgb`: the paper's 8x8 convolution of stride 8 to the board's resolution, and a deconvolution back.
-        # `cells`: only what is inside the outer wall is predicted, which the first convolution reads, without padding
-        self.inside = slice(1, -1) if cells else slice(None)
-        self.shrink = nn.Identity() if cells else nn.Sequential(nn.Conv2d(planes, 2 * width, 8, 8), nn.ReLU())
-        self.conv1 = nn.Conv2d(planes if cells else 2 * width, 2 * width, 3, padding=0 if cells else 1)
-        self.action = nn.Embedding(A, 2 * width)  # one-hot action planes through a 1x1 convolution
+        width = max(1, args.model_width // 8) if args.env_model == "poor" else args.model_width
+        planes, palette = NUM_PLANES[self.kind] * args.frame_stack, torch.as_tensor(sokoban_env.SPRITE_PALETTE)
+        if self.kind == "cells":  # the outer wall is read (no padding), but only what is inside it is predicted
+            self.conv1 = nn.Conv2d(planes, 2 * width, 3)
+            self.frame = nn.Conv2d(width, 7, 1)
+        else:  # the paper's 8x8 convolution of stride 8 to the board's resolution, and a deconvolution back
+            shrink = nn.Conv2d(planes, 2 * width, 8, 8)
+            self.conv1 = nn.Sequential(shrink, nn.ReLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1))
+            self.frame = nn.ConvTranspose2d(width, len(palette), 8, 8)
+        self.action = nn.Embedding(A, 2 * width)  # adds the same as one-hot action planes through a 1x1 convolution
         self.inject = nn.Linear(2 * width, width)
         self.conv2 = nn.Conv2d(2 * width, width, 3, padding=1)
-        colours = len(sokoban_env.SPRITE_PALETTE)
-        self.frame = nn.Conv2d(width, 7, 1) if cells else nn.ConvTranspose2d(width, colours, 8, 8)
         self.event = nn.Conv2d(width, 16, 1)
         self.outcome = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, len(REWARDS) + 1))
         self.register_buffer("rewards", torch.tensor(REWARDS))
         self.register_buffer("prior", 4 * torch.eye(7))  # most cells stay as they are (ours)
+        self.register_buffer("palette", palette, persistent=False)  # (C, 3), of `rgb`
 
     def forward(self, frames: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """frames (B, F, H, W[, 3]), action (B,) -> logits: what is `inside` (B, C, h, w), reward (B, 4), end (B,)."""
-        x = self.shrink(to_planes(frames, self.kind, "board"))
+        """frames (B, F, H, W[, 3]), action (B,) -> logits: frame (`classes` of it), reward (B, 4), end (B,)."""
+        x = to_planes(frames, self.kind, "board")
         h = F.relu(self.conv1(x) + self.action(action)[:, :, None, None])  # (B, 2 * width, H-2, W-2), for `cells`
-        # Pool-and-inject: the global maximum of each channel, given back to every cell
+        # Pool-and-inject: the global maximum of each channel, given back to every cell (added through a linear layer:
+        # the same as concatenating the maxima before a 1x1 convolution)
         h = F.relu(self.conv2(h) + self.inject(h.amax((2, 3)))[:, :, None, None])
         frame = self.frame(h)
         if self.kind == "cells":
@@ -395,9 +384,18 @@ class EnvModel(nn.Module):
     def predict(self, frames: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The likeliest next frame (B, H, W[, 3]) uint8, its reward (B,), and whether it ends the episode (B,)."""
         logits, reward, end = self(frames, action)
-        frame = frames[:, -1].clone()
-        frame[:, self.inside, self.inside] = decode(logits.argmax(1), self.kind)
+        if self.kind == "cells":
+            frame = frames[:, -1].clone()
+            frame[:, 1:-1, 1:-1] = logits.argmax(1).byte()
+        else:
+            frame = self.palette[logits.argmax(1)]
         return frame, self.rewards[reward.argmax(1)], end > 0
+
+    def classes(self, frame: Tensor) -> Tensor:
+        """Of a true next frame (B, H, W[, 3]), what `forward` gives logits for: cell values, or colours' indices."""
+        if self.kind == "cells":
+            return frame[:, 1:-1, 1:-1].long()
+        return (frame[..., None, :] == self.palette).all(-1).byte().argmax(-1)
 
 
 class CopyModel(EnvModel):
@@ -418,7 +416,7 @@ class PerfectModel(nn.Module):
         cells = convert_observation(frames[:, -1], self.kind, "cells")
         if self.envs is None or self.envs.num_envs != len(cells):
             settings = {"size": self.size, "max_episode_steps": None, "observation": self.kind, "device": cells.device}
-            # Its own level is never seen: each call sets the boards
+            # `levels` must be given, and is not used: set_state replaces every board
             self.envs = SokobanVectorEnv(len(cells), levels=["#####\n#@$.#\n#####"], **settings)
         self.envs.set_state({"cells": cells})
         frame, reward, end, _, info = self.envs.step(action)
@@ -442,6 +440,9 @@ class RolloutPolicy(nn.Module):
 class RandomPolicy(nn.Module):
     """Every action alike, in π̂'s place."""
 
+    def __init__(self, _: Args | None = None) -> None:
+        super().__init__()
+
     def forward(self, frames: Tensor) -> Tensor:
         return torch.zeros(len(frames), A, device=frames.device)
 
@@ -459,7 +460,7 @@ class RolloutEncoder(nn.Module):
 
     def forward(self, frames: Tensor, rewards: Tensor, alive: Tensor) -> Tensor:
         """frames (B, A, D, H, W[, 3]), rewards and alive (B, A, D) -> embeddings e_1 ... e_A (B, A * LSTM)."""
-        if not self.reads_rewards:  # nor the ends, which give the last reward away
+        if not self.reads_rewards:  # hide the ends too: an end gives the last reward away
             rewards, alive = torch.zeros_like(rewards), torch.ones_like(alive)
         depth = rewards.shape[2]
         x = self.features(frames.flatten(0, 2)[:, None], rewards.flatten())  # (R * D, units)
@@ -509,24 +510,17 @@ def make_networks(args: Args, device: torch.device) -> nn.ModuleDict:
     """The `agent` and, for I2A, its `env_model` (frozen) and `rollout_policy`."""
     networks = nn.ModuleDict({"agent": I2AAgent(args)})
     if args.agent == "i2a":
-        if args.env_model == "perfect":
-            networks["env_model"] = PerfectModel(args)
-        else:
-            model_class = CopyModel if args.env_model == "copy" else EnvModel
-            width = max(1, args.model_width // 8) if args.env_model == "poor" else args.model_width
-            networks["env_model"] = model_class(args, width).requires_grad_(False)
-        if args.rollout_policy == "distilled":
-            networks["rollout_policy"] = RolloutPolicy(args)
-        elif args.rollout_policy == "pretrained":
-            networks["rollout_policy"] = PretrainedPolicy(args)
-        else:
-            networks["rollout_policy"] = RandomPolicy()
+        models = {"learned": EnvModel, "poor": EnvModel, "copy": CopyModel, "perfect": PerfectModel}
+        policies = {"distilled": RolloutPolicy, "pretrained": PretrainedPolicy, "random": RandomPolicy}
+        networks["env_model"] = models[args.env_model](args).requires_grad_(False)
+        networks["rollout_policy"] = policies[args.rollout_policy](args)
     return networks.to(device)
 
 
-def load_networks(networks: nn.Module, state: dict[str, Any], path: str, prefix: str = "") -> None:
+def load_networks(networks: nn.Module, path: str, prefix: str = "") -> None:
     """Load a file's weights whose names start with `prefix`; exits if they are of other parts or sizes."""
-    weights = {name.removeprefix(prefix): x for name, x in state["networks"].items() if name.startswith(prefix)}
+    saved = load_checkpoint(path, "cpu")["networks"]
+    weights = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
     try:
         networks.load_state_dict(weights)
     except RuntimeError as e:
@@ -537,7 +531,7 @@ def load_networks(networks: nn.Module, state: dict[str, Any], path: str, prefix:
 
 
 def sample(logits: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (B,) ~ softmax(logits): the argmax of p / Exp(1)."""
+    """Actions (B,) ~ softmax(logits): the Gumbel-max trick (-log of Exp(1) is Gumbel noise)."""
     return (logits - torch.empty_like(logits).exponential_(generator=rng).log()).argmax(-1)
 
 
@@ -551,8 +545,8 @@ def imagine(networks: Any, frames: Tensor, depth: int, rng: torch.Generator) -> 
     """The imagination core, unrolled: from frames (B, F, H, W[, 3]), one rollout for each action.
 
     Returns:
-        frames (B, A, D, H, W[, 3]) uint8; rewards (B, A, D); alive (B, A, D): 1 up to the rollout's imagined end, then
-        0. Nothing for a model-free agent.
+        frames (B, A, D, H, W[, 3]) uint8; rewards (B, A, D); alive (B, A, D): 1 up to and including the step that ends
+        the rollout, then 0. Nothing for a model-free agent.
     """
     if "env_model" not in networks:
         return ()
@@ -624,8 +618,53 @@ def turn_rollouts(imagined: Sequence[Tensor], which: int) -> Sequence[Tensor]:
     if not imagined:
         return ()
     frames, rewards, alive = imagined
-    order = turned_actions(which, frames.device).argsort()
+    order = turned_actions(which, frames.device).argsort()  # place a gets the rollout of the action that became a
     return turn_boards(frames[:, order], which), rewards[:, order], alive[:, order]
+
+
+@torch.no_grad()
+def rollout(
+    args: Args, networks: nn.ModuleDict, envs: SokobanVectorEnv, frames: Tensor, rng: torch.Generator
+) -> tuple[list[Tensor], dict[str, Tensor], Tensor, Tensor]:
+    """Act for T steps from frames (B, F, H, W[, 3]). What is imagined is part of the observation, and kept with it.
+
+    Returns:
+        rows for `update` and transitions for `model_loss`, of (T * B, ...) each; the frames to go on from; of the
+        episodes that ended their number, and their solved ones, returns and lengths summed (4,).
+    """
+    agent, steps, episodes = networks["agent"], [], torch.zeros(4, device=frames.device)
+    # Of environments whose episode was truncated its last frames, of the others unused. It happens once at most, since
+    # --num-steps is at most --max-episode-steps
+    last = frames
+    for _ in range(args.num_steps):
+        imagined = imagine(networks, frames, args.imagination_depth, rng)
+        logits, value = agent(frames, imagined)
+        action = sample(logits, rng)
+        observation, reward, terminated, truncated, info = envs.step(action)
+        true_next = as_frames(info.get("final_obs", observation), args.frame_stack)
+        last = torch.where(truncated.view(-1, *[1] * (last.ndim - 1)), true_next, last)
+        if "final_info" in info:
+            final = info["final_info"]
+            ended = (info["_final_info"], final["success"], final["episode"]["r"], final["episode"]["l"])
+            episodes += torch.stack([x.sum() for x in ended])
+        step = (frames, action, log_probabilities(logits, action), value, reward, terminated, truncated)
+        steps.append((*step, true_next[:, -1], *imagined))
+        frames = as_frames(observation, args.frame_stack)
+    columns = [torch.stack(column) for column in zip(*steps, strict=True)]  # (T, B, ...) each
+    boards, actions, log_probs, values, rewards, terminated, truncated, next_boards, *imagined = columns
+
+    # V(s_{t+1}) of the true next observations: of a truncated episode, its own last one
+    both = torch.cat([frames, last])  # (2 * B, F, ...)
+    after, at_truncation = agent(both, imagine(networks, both, args.imagination_depth, rng))[1].chunk(2)
+    next_values = torch.where(truncated, at_truncation, torch.cat([values[1:], after[None]]))  # (T, B)
+    advantages = generalized_advantages(
+        args.reward_scale * rewards, values, next_values, terminated, terminated | truncated, args.gamma,
+        args.gae_lambda,
+    )  # fmt: skip
+    rows = (boards, actions, log_probs, advantages, advantages + values, *imagined)
+    transitions = {"frames": boards, "next": next_boards, "action": actions, "reward": rewards, "end": terminated}
+    flat = {name: x.flatten(0, 1) for name, x in transitions.items()}
+    return [x.flatten(0, 1) for x in rows], flat, frames, episodes
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
@@ -644,7 +683,7 @@ def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer
     `rows`: frames (M, F, H, W[, 3]), actions, log π_old(a|s), advantages, returns (M,), and what was imagined.
     """
     frames, actions, old_log_probs, advantages, returns, *imagined = rows
-    if which > 0:
+    if which > 0:  # log π_old stays that of the board as it lay: a biased ratio, which the clipping bounds (ours)
         frames, imagined = turn_boards(frames, which), turn_rollouts(imagined, which)
         actions = turned_actions(which, frames.device)[actions]
     if args.norm_adv:
@@ -679,12 +718,12 @@ def collect_transitions(
     random play would hardly meet most rewards and the end otherwise (ours). `next` is before any reset.
     """
     rng, parts = torch.Generator(device).manual_seed(seed), []
-    settings = {"size": args.size, "num_boxes": args.num_boxes}
-    near, _ = generate_levels(1024, **settings, seed=EVAL_SEED // 4 + seed, max_pulls=16)
+    number = 256 if args.size == 5 else 1024  # there are few on 5x5
+    near, _ = generate_levels(
+        number, size=args.size, num_boxes=args.num_boxes, seed=EVAL_SEED // 4 + seed, max_pulls=16
+    )
     for share, boards, limit in ((0.75, levels, args.max_episode_steps), (0.25, near, 8)):
-        envs = SokobanVectorEnv(
-            64, **settings, levels=boards, max_episode_steps=limit, frame_stack=args.frame_stack, device=device
-        )
+        envs = make_envs(replace(args, observation="cells", max_episode_steps=limit), 64, boards, device)
         observation, _ = envs.reset(seed=seed)
         for _ in range(round(share * num / 64)):
             frames = as_frames(observation, args.frame_stack)
@@ -698,11 +737,9 @@ def collect_transitions(
 
 def model_loss(env_model: EnvModel, batch: dict[str, Tensor]) -> Tensor:
     """Negative log likelihood (B,) of the next frame (summed over its pixels), of the reward and of the end."""
-    frames, target = (convert_observation(batch[name], "cells", env_model.kind) for name in ("frames", "next"))
-    target = encode(target, env_model.kind)[:, env_model.inside, env_model.inside]
-    frame, reward, end = env_model(frames, batch["action"])
+    frame, reward, end = env_model(batch["frames"], batch["action"])
     reward_class = (batch["reward"][:, None] - env_model.rewards).abs().argmin(1)
-    loss = F.cross_entropy(frame.float(), target, reduction="none").flatten(1).sum(1)
+    loss = F.cross_entropy(frame.float(), env_model.classes(batch["next"]), reduction="none").flatten(1).sum(1)
     loss = loss + F.cross_entropy(reward.float(), reward_class, reduction="none")
     return loss + F.binary_cross_entropy_with_logits(end.float(), batch["end"].float(), reduction="none")
 
@@ -710,15 +747,10 @@ def model_loss(env_model: EnvModel, batch: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def model_metrics(env_model: nn.Module, data: dict[str, Tensor]) -> dict[str, float]:
     """How often the model's next board is right in every cell, and its reward and end with it."""
-    exact, all_right = [], []
-    for i in range(0, len(data["action"]), 1024):
-        batch = {name: x[i : i + 1024] for name, x in data.items()}
-        frames, target = (convert_observation(batch[name], "cells", env_model.kind) for name in ("frames", "next"))
-        frame, reward, end = env_model.predict(frames, batch["action"])
-        exact.append((frame == target).flatten(1).all(1))
-        all_right.append(exact[-1] & ((reward - batch["reward"]).abs() < 0.01) & (end == batch["end"]))
-    means = {"exact_board_accuracy": torch.cat(exact), "all_right": torch.cat(all_right)}
-    return {f"model/{name}": x.float().mean().item() for name, x in means.items()}
+    frame, reward, end = env_model.predict(data["frames"], data["action"])
+    board = (frame == data["next"]).flatten(1).all(1)
+    whole = board & ((reward - data["reward"]).abs() < 0.01) & (end == data["end"])
+    return {"model/exact_board_accuracy": board.float().mean().item(), "model/all_right": whole.float().mean().item()}
 
 
 @torch.no_grad()
@@ -745,21 +777,24 @@ def pretrain_model(
     policy = RandomPolicy()
     if args.pretrained_path:
         policy = PretrainedPolicy(args).to(rng.device)
-        load_networks(policy, load_checkpoint(args.pretrained_path, rng.device), args.pretrained_path, "agent.")
-    tenth = args.model_frames // 10
+        load_networks(policy, args.pretrained_path, "agent.")
+    tenth = min(args.model_frames // 10, 2048)
     data = collect_transitions(args, policy, args.model_frames - tenth, args.seed, rng.device, levels)
     held_out = collect_transitions(args, policy, tenth, EVAL_SEED // 2 + args.seed, rng.device, levels)
+    for name in ("frames", "next"):
+        held_out[name] = convert_observation(held_out[name], "cells", args.observation)
     half, size = 32, len(data["action"])
     optimizer = torch.optim.Adam(env_model.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.model_steps)
     priority = torch.full((size,), 1e3, device=rng.device)
     for step in range(1, args.model_steps + 1):
-        cumulative = priority.double().cumsum(0)  # not torch.multinomial, which ends at 2^24 rows
-        lots = torch.rand(half, dtype=torch.float64, generator=rng, device=rng.device) * cumulative[-1]
-        worst = torch.searchsorted(cumulative, lots).clamp(max=size - 1)
-        index = torch.cat([torch.randint(size, (half,), generator=rng, device=rng.device), worst])
+        cumulative = priority.double().cumsum(0)  # not torch.multinomial, which takes at most 2^24 rows
+        points = torch.rand(half, dtype=torch.float64, generator=rng, device=rng.device) * cumulative[-1]
+        hard = torch.searchsorted(cumulative, points).clamp(max=size - 1)
+        index = torch.cat([torch.randint(size, (half,), generator=rng, device=rng.device), hard])
         batch = {name: x[index] for name, x in data.items()}
-        batch |= {name: turn_boards(batch[name], step % 8) for name in ("frames", "next")}
+        for name in ("frames", "next"):
+            batch[name] = convert_observation(turn_boards(batch[name], step % 8), "cells", args.observation)
         batch["action"] = turned_actions(step % 8, rng.device)[batch["action"]]
         loss = model_loss(env_model, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -767,7 +802,7 @@ def pretrain_model(
         nn.utils.clip_grad_norm_(env_model.parameters(), 10.0)
         optimizer.step()
         schedule.step()
-        priority[index] = loss.detach().nan_to_num(1e3).clamp(1e-6, 1e6)  # a loss that is no number stops at the row
+        priority[index] = loss.detach().nan_to_num(1e3).clamp(1e-6, 1e6)  # NaN ends the run at the row
         if step % 500 == 0 or step == args.model_steps:
             metrics = {"losses/model_loss": loss.mean().item(), "model/step": step}
             logger.log(args.model_frames, model_metrics(env_model, held_out) | metrics)
@@ -787,7 +822,7 @@ def read_levels(path: str, size: int) -> Tensor:
 
 
 def held_out_levels(args: Args) -> Tensor:
-    """The levels (L, H, W) of an evaluation: of `--eval-levels`, or the generator's, which training then leaves out."""
+    """The levels (L, H, W) of an evaluation: of `--eval-levels`, or the generator's, which the agent never plays."""
     if args.eval_levels:
         return read_levels(args.eval_levels, args.size)[: args.eval_episodes]
     return generate_levels(args.eval_episodes, size=args.size, num_boxes=args.num_boxes, seed=EVAL_SEED)[0]
@@ -824,9 +859,9 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
             last = convert_observation(last, args.observation, "cells")
             film.append(torch.where(playing[:8, None, None], last, film[-1]))
             steps += playing.sum().item()
-            wins = (playing & terminated).sum().item()
+            wins, now = (playing & terminated).sum().item(), len(film) - 1  # the step
             solved += wins
-            solved_steps += wins * (len(film) - 1)
+            solved_steps += wins * now
             playing &= ~(terminated | truncated)
     metrics = {"eval/solved": solved / len(levels)}
     if solved:
@@ -863,8 +898,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--rollout-policy pretrained needs --pretrained-path, a model-free agent's file")
     if args.num_steps > args.max_episode_steps:
         sys.exit("--num-steps must be at most --max-episode-steps")  # a rollout then holds one truncation at most
-    if args.observation == "rgb" and (args.view == "player" or args.symmetry or len(args.cnn_channels) > 3):
-        sys.exit("--observation rgb needs --view board, --no-symmetry and at most three --cnn-channels")
+    deepest = max(len(args.cnn_channels), len(args.encoder_channels))
+    if args.observation == "rgb" and (args.view == "player" or args.symmetry or deepest > 3):
+        sys.exit("--observation rgb needs --view board, --no-symmetry and at most three convolutions")
+    if args.num_envs * args.num_steps < 2 * args.num_minibatches:
+        sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
+    if args.imagination_depth < 1 or args.model_frames < 1000:
+        sys.exit("--imagination-depth must be at least 1, and --model-frames 1000")
     if not 0 <= args.seed < EVAL_SEED // 1000:
         sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}")
     try:
@@ -878,19 +918,20 @@ def main(args: Args) -> None:
     keep_freed_memory()
     cuda = args.cuda and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if "WORLD_SIZE" in os.environ:  # torchrun. Rank 0 alone pretrains the model, and may take long
+    rank, world = 0, 1
+    if "WORLD_SIZE" in os.environ:  # torchrun. The others wait while rank 0 pretrains the model
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = dist.get_rank(), dist.get_world_size()
     if cuda:
         torch.cuda.set_device(device)  # NCCL and torch.distributed's objects go by it
         torch.set_float32_matmul_precision("high")
-    seed_everything(args.seed, args.torch_deterministic)
+    seed_everything(args.seed, args.torch_deterministic)  # the same initial weights in all processes
     rng = torch.Generator(device).manual_seed(1000 * args.seed + rank)
     eval_levels, networks = held_out_levels(args), make_networks(args, device)
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state:
-        load_networks(networks, state, path)
+        load_networks(networks, path)
     if args.compile:
         for network in networks.values():
             network.compile()
@@ -902,12 +943,11 @@ def main(args: Args) -> None:
         return
 
     # ---- everything that the loop touches; a new run, or one that goes on
-    T, B, D = args.num_steps, args.num_envs, args.imagination_depth
+    T, B = args.num_steps, args.num_envs
     levels = read_levels(args.levels, args.size) if args.levels else None
     envs = make_envs(args, B, levels, device, exclude=eval_levels)
     observation, _ = envs.reset(seed=1000 * args.seed + rank)
-    agent = networks["agent"]
-    groups = [{"params": list(agent.parameters())}]
+    groups = [{"params": list(networks["agent"].parameters())}]
     if args.agent == "i2a" and args.rollout_policy == "distilled":
         groups.append({"params": list(networks["rollout_policy"].parameters())})
     if args.optimizer == "adam":
@@ -919,15 +959,16 @@ def main(args: Args) -> None:
     if state:
         if len(state.get("processes", [])) != world:
             sys.exit(f"{path} can't go on in {world} processes: take the checkpoint.pt of a run with as many")
-        run_name, rows = state["run_name"], state["rows"]
-        global_step, minutes = state["global_step"], state["minutes"]
+        run_name, rows, global_step, minutes = (state[name] for name in ("run_name", "rows", "global_step", "minutes"))
         local = state["processes"][rank]
         rng.set_state(local["rng"].cpu())
         if any(getattr(args, name) != state["args"][name] for name in ("num_boxes", "levels")):
-            del local["env"]["pool"]  # a curriculum's next stage: its own levels from the next episode on
+            del local["env"]["pool"]  # a curriculum's next stage: forget the saved levels, make others
+        if args.num_envs != state["args"]["num_envs"] or args.optimizer != state["args"]["optimizer"]:
+            sys.exit(f"--num-envs and --optimizer can't change when a run goes on: leave them to {path}")
         observation = envs.set_state(local["env"])
         optimizer.load_state_dict(state["optimizer"])
-        if model_optimizer:
+        if state["model_optimizer"] and model_optimizer:
             model_optimizer.load_state_dict(state["model_optimizer"])
     elif rank == 0:
         run_name = new_run(f"Sokoban-{args.size}x{args.size}-{args.num_boxes}__{args.exp_name}__{args.seed}")
@@ -937,116 +978,77 @@ def main(args: Args) -> None:
     if args.agent == "i2a" and not state:
         env_model = networks["env_model"].requires_grad_()
         if args.rollout_policy == "pretrained":
-            pretrained = load_checkpoint(args.pretrained_path, device)
-            load_networks(networks["rollout_policy"], pretrained, args.pretrained_path, "agent.")
+            load_networks(networks["rollout_policy"], args.pretrained_path, "agent.")
         if args.env_model_path:
-            load_networks(env_model, load_checkpoint(args.env_model_path, device), args.env_model_path, "env_model.")
+            load_networks(env_model, args.env_model_path, "env_model.")
         elif args.env_model in ("learned", "poor"):
             if rank == 0:
                 pretrain_model(env_model, args, levels, rng, logger)
             global_step = args.model_frames
-        for tensor in env_model.state_dict().values() if world > 1 else ():
-            dist.broadcast(tensor, 0)
+        if world > 1:
+            for tensor in env_model.state_dict().values():
+                dist.broadcast(tensor, 0)
     if args.agent == "i2a":
         networks["env_model"].requires_grad_(args.finetune_model)
 
     # ---- the agent
-    hidden = rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", disable=hidden)
     frames = as_frames(observation, args.frame_stack)  # (B, F, H, W[, 3])
     names = ["policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm"]
-    episodes, losses = torch.zeros(4, device=device), torch.zeros(6, device=device)  # sums since the last row
-    finetune_loss, iterations = torch.zeros((), device=device), 0
-    first_step, first_time = None, 0.0  # set after the first update, which compiles and warms up
+    episodes, losses, model_losses = (torch.zeros(n, device=device) for n in (4, 6, 1))  # sums since the last row
+    row_step, row_time = global_step, time.time()
+    bar = tqdm(total=args.total_timesteps, initial=global_step, disable=rank > 0 or not sys.stderr.isatty())
     while global_step < args.total_timesteps:
-        if args.anneal_lr:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+        left = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+        for group in optimizer.param_groups:  # set in either case: --resume brings the old rate back
+            group["lr"] = args.learning_rate * left
 
-        # 1. Act for T steps. What is imagined is part of the observation, and kept with it
-        steps, last = [], frames  # `last`: the last frames (B, F, ...) of the episode that was truncated
-        for _ in range(T):
-            with torch.no_grad():
-                imagined = imagine(networks, frames, D, rng)
-                logits, value = agent(frames, imagined)
-            action = sample(logits, rng)
-            observation, reward, terminated, truncated, info = envs.step(action)
-            true_next = as_frames(info.get("final_obs", observation), args.frame_stack)
-            last = torch.where(truncated.view(B, *[1] * (last.ndim - 1)), true_next, last)
-            if "final_info" in info:
-                final = info["final_info"]
-                ended = (info["_final_info"], final["success"], final["episode"]["r"], final["episode"]["l"])
-                episodes += torch.stack([x.sum() for x in ended])
-            step = (frames, action, log_probabilities(logits, action), value, reward, terminated, truncated)
-            steps.append((*step, true_next[:, -1], *imagined))
-            frames = as_frames(observation, args.frame_stack)
-        batch = [torch.stack(column) for column in zip(*steps, strict=True)]  # (T, B, ...) each
-        boards, actions, log_probs, values, rewards, terminated, truncated, next_boards, *imagined = batch
+        # 1. Act, with what the model imagines
+        batch, transitions, frames, ended = rollout(args, networks, envs, frames, rng)
+        episodes += ended
 
-        # 2. Advantages, with V(s_{t+1}) of the true next observations: of a truncated episode, its own last one
-        with torch.no_grad():
-            both = torch.cat([frames, last])  # (2 * B, F, ...)
-            _, bootstrap = agent(both, imagine(networks, both, D, rng))
-        next_values = torch.cat([values[1:], bootstrap[None, :B]])
-        next_values = torch.where(truncated, bootstrap[B:], next_values)  # (T, B)
-        done = terminated | truncated
-        advantages = generalized_advantages(
-            args.reward_scale * rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda
-        )
-        returns = advantages + values
-
-        # 3. Update the agent and π̂, in minibatches of M of the T * B rows
-        rows = [x.flatten(0, 1) for x in (boards, actions, log_probs, advantages, returns, *imagined)]
-        symmetries = np.random.default_rng([args.seed, global_step])
+        # 2. Update the agent and π̂, in minibatches of M of the T * B rows
+        symmetries = np.random.default_rng([args.seed, global_step])  # nothing to save, and no wait for a GPU
         for _ in range(args.update_epochs):
-            for index in torch.randperm(T * B, generator=rng, device=device).chunk(args.num_minibatches):
+            for index in torch.randperm(T * B, generator=rng, device=device).tensor_split(args.num_minibatches):
                 which = int(symmetries.integers(8)) if args.symmetry else 0
-                losses += update(args, networks, optimizer, [x[index] for x in rows], which)
+                losses += update(args, networks, optimizer, [x[index] for x in batch], which)
 
-        # 4. With --finetune-model, the model learns from the same transitions, by its own loss only
-        before, global_step = global_step, global_step + T * B * world
-        log = global_step // args.log_frequency > before // args.log_frequency or global_step >= args.total_timesteps
-        if args.agent == "i2a" and (args.finetune_model or log):
-            cells = [convert_observation(x, args.observation, "cells") for x in (boards, next_boards)]
-            fresh = {"frames": cells[0], "next": cells[1], "action": actions, "reward": rewards, "end": terminated}
-            fresh = {name: x.flatten(0, 1) for name, x in fresh.items()}
+        # 3. With --finetune-model, the model learns from the same transitions, by its own loss only
         if args.finetune_model:
             model_optimizer.zero_grad(set_to_none=True)
-            loss = model_loss(networks["env_model"], fresh).mean()
+            loss = model_loss(networks["env_model"], transitions).mean()
             loss.backward()
             average_gradients(list(networks["env_model"].parameters()))
             model_optimizer.step()
-            finetune_loss += loss.detach()
+            model_losses += loss.detach()
 
-        # 5. Log, then save what was logged
-        bar.update(global_step - before)
-        iterations += 1
-        if first_step is None:
-            first_step, first_time = global_step, time.time()
-        if not log:
+        # 4. Log, then save what was logged
+        before, global_step = global_step, global_step + T * B * world
+        bar.update(T * B * world)
+        if global_step // args.log_frequency == before // args.log_frequency and global_step < args.total_timesteps:
             continue
         if world > 1:
-            dist.all_reduce(episodes)
-            dist.all_reduce(losses)
+            for total in (episodes, losses, model_losses):
+                dist.all_reduce(total)
         if rank == 0:
-            losses /= iterations * args.update_epochs * args.num_minibatches * world
+            seconds, iterations = time.time() - row_time, (global_step - row_step) // (T * B)  # of all processes
+            losses /= iterations * args.update_epochs * args.num_minibatches
             metrics = {f"losses/{name}": loss for name, loss in zip(names, losses.tolist(), strict=True)}
             if args.finetune_model:
-                metrics["losses/model_loss"] = finetune_loss.item() / iterations
+                metrics["losses/model_loss"] = model_losses.item() / iterations
             metrics["charts/minutes"] = minutes + (time.time() - start) / 60
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            if global_step > first_step:
-                metrics["charts/SPS"] = (global_step - first_step) / (time.time() - first_time)
+            metrics["charts/SPS"] = (global_step - row_step) / seconds  # in the first row with compilation and warm-up
             ended, solved, total_return, total_length = episodes.tolist()
             if ended:
                 metrics["charts/solved"] = solved / ended
                 metrics["charts/episodic_return"] = total_return / ended
                 metrics["charts/episodic_length"] = total_length / ended
             if args.agent == "i2a":
-                metrics |= model_metrics(networks["env_model"], fresh)
+                metrics |= model_metrics(networks["env_model"], transitions)
                 metrics |= rollout_accuracy(args, networks, frames, global_step)
             logger.log(global_step, metrics)
-            bar.set_postfix(solved=metrics.get("charts/solved"), SPS=metrics.get("charts/SPS"))
+            bar.set_postfix(solved=metrics.get("charts/solved"), SPS=metrics["charts/SPS"])
         local = {"rng": rng.get_state(), "env": envs.get_state()}
         processes = [local] * world
         if world > 1:
@@ -1058,9 +1060,9 @@ def main(args: Args) -> None:
                 "networks": networks.state_dict(), "optimizer": optimizer.state_dict(),
                 "model_optimizer": model_optimizer and model_optimizer.state_dict(),
             })  # fmt: skip
-        for total in (episodes, losses, finetune_loss):
+        for total in (episodes, losses, model_losses):
             total.zero_()
-        iterations = 0
+        row_step, row_time = global_step, time.time()
 
     # ---- evaluate on held-out levels, and export
     bar.close()
@@ -1082,4 +1084,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("stopped; python i2a.py --resume runs/NAME/checkpoint.pt goes on from the last row of its metrics")
+        sys.exit("stopped; python i2a.py --resume runs/NAME/checkpoint.pt goes on from the agent's last row of metrics")

@@ -309,7 +309,7 @@ def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any
 
 
 def _generate(
-    xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[int, int], solve: bool, max_pulls: int | None = None
+    xp: Any, device: str, settings: tuple[int, int, int], seed: tuple[int, int], solve: bool, max_pulls: int | None
 ) -> Iterator:
     """Make one batch of levels in small slices of work: yields None after each, and in the end (boards, solutions).
 
@@ -510,7 +510,7 @@ class _Pool:
 
     def _advance(self) -> None:
         if self.work is None:  # a batch follows from its seed and number, so a restored pool replays its slices
-            self.work = _generate(self.xp, self.device, self.settings, (self.seed, self.batch), solve=False)
+            self.work = _generate(self.xp, self.device, self.settings, (self.seed, self.batch), False, None)
             for _ in range(self.slices):
                 next(self.work)
         batch = next(self.work)
@@ -555,7 +555,7 @@ def generate_levels(
     fewer levels than asked for.
 
     With `max_pulls` the levels stand that many pulls of the generator's reverse play before their end at most, some
-    boxes on their targets and the player beside the box that it is to push: what a model of rewards and ends learns from.
+    boxes on their targets, the player beside the box that it is to push: what a model of rewards and ends learns from.
     """
     height, width = _check_size(size)
     _check_generator(height, width, num_boxes)
@@ -598,9 +598,9 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
 
     `step` returns tensors on `device`: observation (N, ...), reward (N,) float32, terminated (N,) and truncated (N,)
     bool (a level solved in its last step is terminated, not truncated), and info. When episodes end, info holds
-    - `final_obs` (N, ...): what the step led to, before any reset: of the environments in the mask `_final_obs` (N,) the
-      last observation of the episode, of the others what `step` returns. So `info.get("final_obs", observation)` is the
-      true next observation of every row;
+    - `final_obs` (N, ...): what the step led to, before any reset: of environments in the mask `_final_obs` (N,) the
+      last observation of the episode, of the others what `step` returns. So `info.get("final_obs", observation)` is
+      the true next observation of every row;
     - `final_info`: a dict of (N,) tensors, each with its mask `_...` (N,): `success`, `boxes_on_target`, `level` (index
       in `levels`, serial number of a generated one, or -1), and `episode`, a dict of `r` (return) and `l` (length).
     With generated levels, info["level_repeats"] is the share of levels so far that had been handed out before.

@@ -512,7 +512,7 @@ def test_three_tasks_in_one_student(tmp_path, monkeypatch):
 def test_students_act_on_their_own_outputs_and_visit_their_own_states(tmp_path, monkeypatch, correction):
     monkeypatch.chdir(tmp_path)
     acted_on, updates, sample = [], [], distillation.sample
-    monkeypatch.setattr(distillation, "sample", lambda logits, noise: acted_on.append(logits) or sample(logits, noise))
+    monkeypatch.setattr(distillation, "sample", lambda logits, rng: acted_on.append(logits) or sample(logits, rng))
     name = "cross_entropies" if correction else "distillation_losses"
     losses = getattr(distillation, name)
 
