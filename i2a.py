@@ -825,7 +825,10 @@ def held_out_levels(args: Args) -> Tensor:
     """The levels (L, H, W) of an evaluation: of `--eval-levels`, or the generator's, which the agent never plays."""
     if args.eval_levels:
         return read_levels(args.eval_levels, args.size)[: args.eval_episodes]
-    return generate_levels(args.eval_episodes, size=args.size, num_boxes=args.num_boxes, seed=EVAL_SEED)[0]
+    try:
+        return generate_levels(args.eval_episodes, size=args.size, num_boxes=args.num_boxes, seed=EVAL_SEED)[0]
+    except ValueError as e:
+        sys.exit(str(e))
 
 
 def make_envs(
@@ -845,7 +848,8 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
         metrics: share solved, mean steps of the solved, imagined steps per solved level; and the boards (S, 8, H, W) of
         eight games at every step, where those that are over stand still.
     """
-    rng, solved, steps, solved_steps = torch.Generator(device).manual_seed(args.seed), 0, 0, 0
+    rng, films = torch.Generator(device).manual_seed(args.seed), []
+    solved = steps = solved_steps = 0
     for part in levels.split(1024):
         envs = make_envs(args, len(part), part, device)
         observation, _ = envs.reset(seed=args.seed, options={"levels": part})
@@ -863,12 +867,13 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
             solved += wins
             solved_steps += wins * now
             playing &= ~(terminated | truncated)
+        films.append(torch.stack(film))
     metrics = {"eval/solved": solved / len(levels)}
     if solved:
         metrics["eval/mean_steps"] = solved_steps / solved
     if solved and args.agent == "i2a":
         metrics["eval/imagined_steps_per_solved"] = A * args.imagination_depth * steps / solved
-    return metrics, torch.stack(film)
+    return metrics, films[0]
 
 
 def write_gif(path: pathlib.Path, boards: Tensor) -> None:

@@ -25,8 +25,8 @@ __all__ = ["own_folder"]  # a fixture for every test here too
 TINY = [
     "--size", "6", "--num-boxes", "1", "--cnn-channels", "8", "--encoder-channels", "8", "--dense", "16", "--lstm", "8",
     "--model-width", "4", "--imagination-depth", "2", "--num-envs", "8", "--num-steps", "4", "--num-minibatches", "2",
-    "--update-epochs", "2", "--model-frames", "640", "--model-steps", "20", "--eval-episodes", "20",
-    "--max-episode-steps", "10", "--log-frequency", "64", "--total-timesteps", "896",
+    "--update-epochs", "2", "--model-frames", "1024", "--model-steps", "20", "--eval-episodes", "20",
+    "--max-episode-steps", "10", "--log-frequency", "64", "--total-timesteps", "1280",
 ]  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def test_a_run_moves_what_it_should(finetune: bool, made: list, monkeypatch: pyt
     moved = {name.split(".")[0] for name, value in first.items() if not torch.equal(value, after[name])}
     assert moved == {"agent", "rollout_policy", *["env_model"] * finetune}
     rows = rows_of(folder)
-    assert rows[0]["global_step"] == 640 and rows[1]["global_step"] > 640  # the model's frames are counted
+    assert rows[0]["global_step"] == 1024 and rows[1]["global_step"] > 1024  # the model's frames are counted
     metrics = {name for row in rows for name in row}
     assert metrics >= {
         "charts/episodic_return", "charts/episodic_length", "charts/solved", "charts/SPS", "charts/minutes",
@@ -259,7 +259,7 @@ def test_a_run_moves_what_it_should(finetune: bool, made: list, monkeypatch: pyt
         "model/exact_board_accuracy", "model/all_right", "model/exact_rollouts", "eval/solved",
     }  # fmt: skip
     export = torch.load(folder / "agent.pt")
-    assert export["global_step"] == 896
+    assert export["global_step"] == 1280
     assert_equal(dict(after), export["networks"])
 
 
@@ -303,7 +303,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=lambda flags: "-".join(flags[:2]).strip("-"))
 def test_every_variant_runs(flags: list[str]):
-    folder = train(*TINY, "--model-frames", "640", "--total-timesteps", "768", "--eval-episodes", "4", *flags)
+    folder = train(*TINY, "--model-frames", "1024", "--total-timesteps", "1152", "--eval-episodes", "4", *flags)
     rows = rows_of(folder)
     assert rows[-1]["eval/solved"] >= 0 and all(np.isfinite(x) for row in rows for x in row.values())
     assert (folder / "episodes.gif").exists() == ("--capture-video" in flags)
@@ -313,7 +313,7 @@ def test_a_pretrained_policy_acts_in_imagination_and_collects(made: list, monkey
     path = train(*TINY, "--agent", "model-free", "--total-timesteps", "64") / "agent.pt"
     policies, collect = [], i2a.collect_transitions
     monkeypatch.setattr(i2a, "collect_transitions", lambda *a: policies.append(a[1]) or collect(*a))
-    second = train(*TINY, "--rollout-policy", "pretrained", "--pretrained-path", str(path), "--total-timesteps", "704")
+    second = train(*TINY, "--rollout-policy", "pretrained", "--pretrained-path", str(path), "--total-timesteps", "1088")
     teacher, networks = made
     frames = boards(5)[:, None]
     expected, _ = teacher["agent"](frames, ())
@@ -324,7 +324,7 @@ def test_a_pretrained_policy_acts_in_imagination_and_collects(made: list, monkey
 
 
 def test_a_model_from_another_runs_file_is_not_pretrained(made: list):
-    first = train(*TINY, "--total-timesteps", "672") / "agent.pt"
+    first = train(*TINY, "--total-timesteps", "1056") / "agent.pt"
     second = train(*TINY, "--env-model-path", str(first), "--rollout-policy", "random", "--total-timesteps", "64")
     assert_equal(made[0]["env_model"].state_dict(), made[1]["env_model"].state_dict())
     assert rows_of(second)[0]["global_step"] == 64
@@ -458,7 +458,7 @@ def test_two_processes_train_one_agent(tmp_path: pathlib.Path):
     assert len(state["processes"]) == 2
     assert not torch.equal(state["processes"][0]["env"]["cells"], state["processes"][1]["env"]["cells"])
     assert not torch.equal(state["processes"][0]["rng"], state["processes"][1]["rng"])
-    assert state["global_step"] == 640 + 4 * 64  # 2 x 8 environments x 4 steps an update
+    assert state["global_step"] == 1024 + 4 * 64  # 2 x 8 environments x 4 steps an update
     assert_equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
     assert_equal(torch.load("weights0.pt"), state["networks"])
     assert "in 1 processes" in refused("--resume", str(folder / "checkpoint.pt"), "--total-timesteps", "2000")
@@ -490,6 +490,9 @@ def refused(*flags: str) -> str:
         (["--num-steps", "11"], "--num-steps must be at most --max-episode-steps"),
         (["--observation", "rgb"], "--view board"),
         (["--observation", "rgb", "--view", "board"], "--no-symmetry"),
+        (["--num-minibatches", "17"], "--num-minibatches needs at least two rows"),
+        (["--imagination-depth", "0"], "--imagination-depth must be at least 1"),
+        (["--model-frames", "999"], "--model-frames 1000"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--seed", "1000000"], "--seed must be from 0"),
     ],
@@ -524,6 +527,8 @@ def test_bad_checkpoints():
     assert export in refused("--resume", export)  # weights only
     for flag, *change in (["--evaluate", "--dense", "17"], ["--resume", "--size", "7"], ["--resume", "--agent", "i2a"]):
         assert f"{good} was made with other parts or sizes" in refused(flag, str(good), *change)
+    for change in (["--num-envs", "4"], ["--optimizer", "rmsprop"]):
+        assert "can't change when a run goes on" in refused("--resume", str(good), *change)
     assert "other parts or sizes" in refused(*TINY, "--env-model-path", str(good))  # it has no model
     del state["networks"]["agent.actor.weight"]
     torch.save(state, "hollow.pt")

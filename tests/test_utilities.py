@@ -18,7 +18,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
-# Scripts that still have the utilities of the first edition (no `new_run`) are left out
+# The single-file scripts
 SCRIPTS = [name for name, text in TEXTS.items() if re.search(r"^def new_run\(", text, re.M)]
 
 
