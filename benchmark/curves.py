@@ -1,6 +1,6 @@
 """Curves and a table of a study, from benchmark/results/STUDY.csv: docs/STUDY.png, benchmark/results/STUDY_table.csv.
 
-    python benchmark/curves.py --study i2a_7x7 --reference i2a --sps i2a=1560 model-free=3600
+    python benchmark/curves.py --study i2a_first_edition --reference "7x7-2 i2a" --thresholds 0.1 0.25 0.5
 
 The share of new levels solved in a window of five rows, against frames (the model's included). For each variant and
 threshold: the frames at which the window first reaches it, over seeds; and, over paired seeds, how many times as many

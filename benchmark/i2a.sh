@@ -8,23 +8,23 @@ run="python benchmark/run.py --jobs ${JOBS:-2}"
 three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 
 # 1. Rooms with two boxes, the player's view: frames and seconds to 50, 80 and 90 %
-$run --study i2a_7x7 --variants "${three[@]}" --flags "--total-timesteps 1000000"
-$run --study i2a_8x8 --variants "${three[@]}" --flags "--size 8 --total-timesteps 1000000"
+$run --study i2a_7x7 --variants "${three[@]}" --flags="--total-timesteps 1000000"
+$run --study i2a_8x8 --variants "${three[@]}" --flags="--size 8 --total-timesteps 1000000"
 for study in i2a_7x7 i2a_8x8; do
   python benchmark/curves.py --study $study --at-frames 200000 400000
 done
 
 # 2. Where imagination pays: depth, and π̂'s actions
 $run --study i2a_depth --seeds 1 --variants "depth-3=" "depth-8=--imagination-depth 8" "model-free=--agent model-free" \
-  --flags "--no-anneal-lr --total-timesteps 300000"
+  --flags="--no-anneal-lr --total-timesteps 300000"
 python benchmark/curves.py --study i2a_depth --reference depth-3 --thresholds 0.3 0.5
 
 # 3. 10x10 rooms with four boxes
 $run --study i2a_10x10 --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \
   "model-free=--agent model-free" \
-  --flags "--size 10 --num-boxes 4 --max-episode-steps 120 --total-timesteps 5000000 --log-frequency 50000"
+  --flags="--size 10 --num-boxes 4 --max-episode-steps 120 --total-timesteps 5000000 --log-frequency 50000"
 python benchmark/curves.py --study i2a_10x10 --thresholds 0.1 0.3 0.5
 
 # 4. The paper's setting, one seed of each
-$run --study i2a_paper_small --seeds 11 --variants "${three[@]}" --flags "--preset paper-small --total-timesteps 400000"
+$run --study i2a_paper_small --seeds 11 --variants "${three[@]}" --flags="--preset paper-small --total-timesteps 400000"
 python benchmark/curves.py --study i2a_paper_small --thresholds 0.1 0.15 --title "7x7, two boxes, --preset paper-small"

@@ -1,13 +1,13 @@
 """What trained I2A agents can do beside their task. A sub-command each, and its table under benchmark/results:
 
-python benchmark/i2a_evaluate.py levels agent.pt --levels boxoban-levels/unfiltered/valid --plays 5
-python benchmark/i2a_evaluate.py random
-python benchmark/i2a_evaluate.py boxes agent.pt other_agent.pt
-python benchmark/i2a_evaluate.py search agent.pt --env-models own perfect other --model-paths poor_agent.pt
-python benchmark/i2a_evaluate.py lesions agent.pt
-python benchmark/i2a_evaluate.py near agent.pt other_agent.pt
-python benchmark/i2a_evaluate.py picture agent.pt --output docs/i2a_imagined.png
-python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7.pt --output docs/i2a_film.gif
+    python benchmark/i2a_evaluate.py levels runs/NAME/agent.pt --levels boxoban-levels/unfiltered/valid --plays 5
+    python benchmark/i2a_evaluate.py random
+    python benchmark/i2a_evaluate.py boxes runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py search runs/NAME/agent.pt --env-models own perfect
+    python benchmark/i2a_evaluate.py lesions runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py near runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py film runs/NAME/agent.pt
 
 Shares solved have their 95 % interval (Wilson's) beside them.
 """

@@ -1,6 +1,6 @@
 """How exact i2a.py's learned environment model is, on held-out levels: benchmark/results/i2a_model.csv.
 
-    OMP_NUM_THREADS=1 python benchmark/i2a_model.py
+    OMP_NUM_THREADS=1 python benchmark/i2a_model.py --agent-paths runs/NAME/agent.pt
 
 For each task and budget a model is pretrained as i2a.py does it, then tested on transitions of levels of another seed:
 random play from fresh levels, and random play from points along their solutions, where boxes already stand on targets.

@@ -1,7 +1,7 @@
 """Train variants of a script over seeds, and collect their metrics in one file: benchmark/results/STUDY.csv.
 
     python benchmark/run.py --study i2a_7x7 --variants "i2a=" "model-free=--agent model-free" \
-        --flags "--total-timesteps 1000000" --seeds 11 12 13 14 15 --jobs 2
+        --flags="--total-timesteps 1000000" --seeds 11 12 13 14 15 --jobs 2
 
 A run is known by its --exp-name, STUDY-VARIANT, and its seed. One that is finished (agent.pt is there) is not run
 again; one that was cut off goes on from its checkpoint. Rows of runs that are still under way are collected too.
@@ -26,7 +26,7 @@ class Args:
     study: str  # a name for the runs and their results
     variants: tuple[str, ...]  # "NAME=FLAGS" of each
     script: str = "i2a.py"  # what is run
-    flags: str = ""  # flags of all variants
+    flags: str = ""  # flags of all variants, behind an equals sign: --flags="--size 8"
     seeds: tuple[int, ...] = (11, 12, 13, 14, 15)  # seeds of each
     jobs: int = 2  # runs at a time, one thread each
     collect_only: bool = False  # run nothing
@@ -50,7 +50,8 @@ def train(args: Args, variant: str, flags: str, seed: int) -> None:
     log.parent.mkdir(exist_ok=True)
     with log.open("a") as file:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, env=environment, stdout=file, stderr=file, check=True)
+        if subprocess.run(command, env=environment, stdout=file, stderr=file, check=False).returncode:
+            sys.exit(f"{args.study}-{variant}, seed {seed} failed: see {log}")
     print(f"{args.study}-{variant}, seed {seed}: done", flush=True)
 
 
@@ -59,8 +60,12 @@ def main(args: Args) -> None:
     if not args.collect_only:
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = [pool.submit(train, args, v, flags, s) for s in args.seeds for v, flags in variants.items()]
-        for run in runs:
-            run.result()
+            try:
+                for run in runs:
+                    run.result()
+            except (KeyboardInterrupt, SystemExit) as e:
+                pool.shutdown(cancel_futures=True)  # waits for those under way, starts no others
+                sys.exit(str(e) or "stopped; the same command goes on from the checkpoints")
     rows = []
     for variant in variants:
         for seed in args.seeds:
