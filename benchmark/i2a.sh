@@ -28,3 +28,12 @@ python benchmark/curves.py --study i2a_10x10 --thresholds 0.1 0.3 0.5
 # 4. The paper's setting, one seed of each
 $run --study i2a_paper_small --seeds 11 --variants "${three[@]}" --flags="--preset paper-small --total-timesteps 400000"
 python benchmark/curves.py --study i2a_paper_small --thresholds 0.1 0.15 --title "7x7, two boxes, --preset paper-small"
+
+# 5. The learned model, speed (nothing else running), and what trained agents can do
+python benchmark/i2a_model.py
+python benchmark/i2a_throughput.py
+python benchmark/i2a_evaluate.py random
+python benchmark/i2a_evaluate.py lesions runs/*__i2a_7x7-i2a__11__*/agent.pt
+python benchmark/i2a_evaluate.py near runs/*__i2a_7x7-{i2a,model-free}__11__*/agent.pt
+python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt
+python benchmark/i2a_evaluate.py search runs/*__i2a_8x8-i2a__11__*/agent.pt
