@@ -374,7 +374,8 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
         print(f"greedy policy: return {returns.mean():.4g} ± {half:.2g}, {lengths.mean():.1f} steps an episode")
         return {"returns": returns, "lengths": lengths}
 
-    run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}")
+    keeps = args.log_frequency or args.save_model or args.capture_video
+    run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}") if keeps else ""
     seed_everything(args.seed, args.torch_deterministic)
     rng = random.Random(args.seed)
     uniform = rng.random  # int(uniform() * n) is the fastest way to an integer

@@ -99,6 +99,7 @@ class Args:
     finetune_model: bool = False  # go on training the model on fresh transitions, by its own loss
     reward_prediction: bool = True  # let the encoder see predicted rewards and ends
     rollout_policy: Literal["distilled", "random", "pretrained"] = "distilled"  # who acts in imagination
+    greedy_rollouts: bool = False  # imagined actions are the rollout policy's likeliest, instead of sampled
     pretrained_path: str | None = None  # a model-free agent's file: collects the model's data; --rollout-policy too
     model_frames: int = 20_000  # transitions that the model is pretrained on
     model_steps: int = 3_000  # optimiser steps of the pretraining
@@ -541,7 +542,9 @@ def as_frames(observation: Tensor, frame_stack: int) -> Tensor:
 
 
 @torch.no_grad()
-def imagine(networks: Any, frames: Tensor, depth: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+def imagine(
+    networks: Any, frames: Tensor, depth: int, rng: torch.Generator, greedy: bool = False
+) -> tuple[Tensor, ...]:
     """The imagination core, unrolled: from frames (B, F, H, W[, 3]), one rollout for each action.
 
     Returns:
@@ -556,7 +559,8 @@ def imagine(networks: Any, frames: Tensor, depth: int, rng: torch.Generator) -> 
     alive = torch.ones(len(frames), device=frames.device)
     for d in range(depth):
         if d > 0:
-            action = sample(networks["rollout_policy"](frames), rng)  # a_t ~ π̂(ô_t)
+            logits = networks["rollout_policy"](frames)
+            action = logits.argmax(-1) if greedy else sample(logits, rng)  # a_t ~ π̂(ô_t)
         frame, reward, end = networks["env_model"].predict(frames, action)  # ô_{t+1}, r̂_{t+1} = M(ô_t, a_t)
         steps.append((frame, reward * alive, alive))
         alive = alive * ~end
@@ -637,7 +641,7 @@ def rollout(
     # --num-steps is at most --max-episode-steps
     last = frames
     for _ in range(args.num_steps):
-        imagined = imagine(networks, frames, args.imagination_depth, rng)
+        imagined = imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
         logits, value = agent(frames, imagined)
         action = sample(logits, rng)
         observation, reward, terminated, truncated, info = envs.step(action)
@@ -655,7 +659,8 @@ def rollout(
 
     # V(s_{t+1}) of the true next observations: of a truncated episode, its own last one
     both = torch.cat([frames, last])  # (2 * B, F, ...)
-    after, at_truncation = agent(both, imagine(networks, both, args.imagination_depth, rng))[1].chunk(2)
+    imagined_too = imagine(networks, both, args.imagination_depth, rng, args.greedy_rollouts)
+    after, at_truncation = agent(both, imagined_too)[1].chunk(2)
     next_values = torch.where(truncated, at_truncation, torch.cat([values[1:], after[None]]))  # (T, B)
     advantages = generalized_advantages(
         args.reward_scale * rewards, values, next_values, terminated, terminated | truncated, args.gamma,
@@ -760,7 +765,7 @@ def rollout_accuracy(args: Args, networks: nn.ModuleDict, frames: Tensor, seed: 
     both = []
     for models in (networks, simulator):  # with a generator of its own: measuring must not change what follows
         rng = torch.Generator(frames.device).manual_seed(seed)
-        both.append(imagine(models, frames, args.imagination_depth, rng))
+        both.append(imagine(models, frames, args.imagination_depth, rng, args.greedy_rollouts))
     (ours, _, _), (true, _, alive) = both
     right = (ours == true).flatten(3).all(3) | (alive == 0)  # (B, A, D); nothing counts after the true end
     return {"model/exact_rollouts": right.all(2).float().mean().item()}
@@ -856,7 +861,8 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
         playing, film = torch.ones(len(part), dtype=torch.bool, device=device), [part[:8].to(device)]
         while playing.any():
             frames = as_frames(observation, args.frame_stack)
-            logits, _ = networks["agent"](frames, imagine(networks, frames, args.imagination_depth, rng))
+            imagined = imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
+            logits, _ = networks["agent"](frames, imagined)
             action = logits.argmax(-1) if args.greedy else sample(logits, rng)
             observation, _, terminated, truncated, info = envs.step(action)
             last = as_frames(info.get("final_obs", observation), args.frame_stack)[:8, -1]

@@ -101,7 +101,9 @@ def solves(args: i2a.Args, networks: nn.ModuleDict, levels: Tensor, seed: int) -
         solved, playing = (torch.full((len(part),), value) for value in (False, True))
         while playing.any():
             frames = i2a.as_frames(observation, args.frame_stack)
-            logits, _ = networks["agent"](frames, i2a.imagine(networks, frames, args.imagination_depth, rng))
+            logits, _ = networks["agent"](
+                frames, i2a.imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
+            )
             action = logits.argmax(-1) if args.greedy else i2a.sample(logits, rng)
             observation, _, terminated, truncated, _ = envs.step(action)
             solved |= playing & terminated
@@ -369,7 +371,7 @@ def play_level(args: i2a.Args, networks: nn.ModuleDict, level: Tensor, seed: int
     scenes = []
     for step in range(1, args.max_episode_steps + 1):
         frames = i2a.as_frames(observation, args.frame_stack)
-        imagined = i2a.imagine(networks, frames, args.imagination_depth, rng)
+        imagined = i2a.imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
         logits, _ = networks["agent"](frames, imagined)
         action = i2a.sample(logits, rng)
         scene = dict(zip(("imagined", "rewards", "alive"), (x[0] for x in imagined), strict=True))  # (A, D, ...)

@@ -388,6 +388,22 @@ def test_imagination_stops_where_the_model_says_so():
     assert i2a.imagine({"agent": None}, boards(3)[:, None], 3, seeded()) == ()  # a model-free agent has none
 
 
+def test_greedy_rollouts_take_the_likeliest_action():
+    class Climber(torch.nn.Module):  # up is likeliest, but only just
+        def forward(self, frames: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([0.0, 0.1, 0, 0, 0]).expand(len(frames), A)
+
+    frames, networks = boards(30)[:, None], {"env_model": i2a.PerfectModel(SMALL), "rollout_policy": Climber()}
+    imagined, _, alive = i2a.imagine(networks, frames, 3, seeded(), greedy=True)
+    for a in range(A):
+        going = frames
+        for d, action in enumerate((a, 1, 1)):
+            after, _, _ = networks["env_model"].predict(going, torch.full((30,), action))
+            same = (imagined[:, a, d] == after).flatten(1).all(1) | (alive[:, a, d] == 0)
+            assert same.all()
+            going = after[:, None]
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_without_reward_prediction_the_encoder_sees_no_rewards_nor_ends(shown: bool):
     encoder = i2a.RolloutEncoder(replace(SMALL, reward_prediction=shown))
