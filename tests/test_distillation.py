@@ -577,7 +577,7 @@ def test_evaluate_and_resume(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"--loss: .* brings its own flags"):
         main(Args(resume=str(path), loss="nll"))
     path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="damaged"):
+    with pytest.raises(SystemExit, match="can't read the checkpoint"):
         main(Args(resume=str(path)))
     assert "0.25: 1,142 of the teachers' 4,610 parameters" in capsys.readouterr().out
 
@@ -620,8 +620,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         ({"epsilon": 2.0}, "--epsilon"),
         ({"gamma": 1.5}, "--gamma"),
         ({"batch_size": 0}, "--batch-size 0"),
-        ({"evaluate": "no_such_file.pt"}, "can't read no_such_file.pt"),
-        ({"teacher_path": ("no_such_file.pt",)}, "can't read no_such_file.pt"),
+        ({"evaluate": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
+        ({"teacher_path": ("no_such_file.pt",)}, "can't read the checkpoint no_such_file.pt"),
     ],
 )
 def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch, kwargs, message):
