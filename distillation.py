@@ -711,8 +711,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             sys.exit(f"{path} is of another script or version: give an agent.pt of this distillation.py")
         args = resumed_args(args, path)
     else:
-        run_name = new_run(f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}")
-        state = {"args": asdict(args), "run_name": run_name, "teachers": {}, "students": {}}
+        state = {"args": asdict(args), "run_name": "", "teachers": {}, "students": {}}
         state |= {"global_step": 0, "rows": []}
     for teacher_path in () if path else args.teacher_path:
         saved = load_checkpoint(teacher_path, device)
@@ -732,6 +731,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     ]
     tasks = [Task(args, env_id, args.num_envs, device) for env_id in args.env_ids]
     shapes, actions = [task.shape for task in tasks], [task.num_actions for task in tasks]
+    if not path:
+        state["run_name"] = new_run(f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}")
     folder = pathlib.Path(args.evaluate).parent if args.evaluate else pathlib.Path("runs") / state["run_name"]
     logger = None if args.evaluate else Logger(args, state["run_name"], state["rows"])
 

@@ -74,7 +74,7 @@ class Args:
     frame_stack: int = 1  # frames of an observation
     view: Literal["player", "board"] = "player"  # player: networks see the board with the player in its middle
     levels: str | None = None  # train on this Boxoban file or folder instead of generated levels
-    total_timesteps: int = 600_000  # environment frames, those of the model's pretraining included
+    total_timesteps: int = 1_000_000  # environment frames, those of the model's pretraining included
     num_envs: int = 64  # parallel environments of each process
     num_steps: int = 32  # steps of a rollout before each update
     optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSProp is the paper's

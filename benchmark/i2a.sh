@@ -20,10 +20,10 @@ $run --study i2a_depth --seeds 1 --variants "depth-3=" "depth-8=--imagination-de
 python benchmark/curves.py --study i2a_depth --reference depth-3 --thresholds 0.3 0.5
 
 # 3. 10x10 rooms with four boxes
-$run --study i2a_10x10 --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \
+$run --study flagship --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \
   "model-free=--agent model-free" \
   --flags="--size 10 --num-boxes 4 --max-episode-steps 120 --total-timesteps 5000000 --log-frequency 50000"
-python benchmark/curves.py --study i2a_10x10 --thresholds 0.1 0.3 0.5
+python benchmark/curves.py --study flagship --thresholds 0.1 0.3 0.5
 
 # 4. The paper's setting, one seed of each
 $run --study i2a_paper_small --seeds 11 --variants "${three[@]}" --flags="--preset paper-small --total-timesteps 400000"
