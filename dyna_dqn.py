@@ -459,12 +459,12 @@ def main(args: Args) -> list[dict[str, Any]]:
     state = load_checkpoint(path, device) if path else None
     if state is not None:
         args = resumed_args(args, path)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}"
-    run_name = state["run_name"] if state else new_run(name)
     seed_everything(args.seed, args.torch_deterministic)
     E, K, B, D = args.num_seeds, args.planning_steps, args.batch_size, args.imagination_depth
-    envs = [make_feature_env(args, f"videos/{run_name}-{e}" if args.capture_video else None) for e in range(E)]
     eval_envs = [make_feature_env(args) for _ in range(E * args.eval_episodes)]
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+    run_name = state["run_name"] if state else new_run(name)
+    envs = [make_feature_env(args, f"videos/{run_name}-{e}" if args.capture_video else None) for e in range(E)]
     A = int(envs[0].action_space.n)
     s = state_features([env.reset(seed=args.seed + e)[0] for e, env in enumerate(envs)], device)  # (E, S)
     S = s.shape[1]

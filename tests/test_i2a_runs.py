@@ -492,7 +492,7 @@ def refused(*flags: str) -> str:
         (["--observation", "rgb", "--view", "board"], "--no-symmetry"),
         (["--num-minibatches", "17"], "--num-minibatches needs at least two rows"),
         (["--imagination-depth", "0"], "--imagination-depth must be at least 1"),
-        (["--model-frames", "999"], "--model-frames 1000"),
+        (["--model-frames", "639"], "--model-frames 640"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--seed", "1000000"], "--seed must be from 0"),
     ],
