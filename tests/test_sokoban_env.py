@@ -356,6 +356,31 @@ def test_enough_transitions_are_compared():
         assert sum(case.num_envs * case.steps for case in CASES if case.backend == backend) >= least
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_final_obs_has_the_true_next_observation_of_every_row(backend: str):
+    solving, far = "#####\n#@$.#\n#   #\n#####", "#####\n#@  #\n#$ .#\n#####"
+    envs = SokobanVectorEnv(2, size=(4, 5), levels=[solving, far], backend=backend)
+    envs.reset(seed=1, options={"level_indices": [0, 1]})
+    observation, _, terminated, _, info = envs.step([4, 4])
+    assert terminated.tolist() == [True, False] and info["_final_obs"].tolist() == [True, False]
+    assert cells_to_text(info["final_obs"][0]) == "#####\n# @*#\n#   #\n#####"
+    assert torch.equal(info["final_obs"][1], observation[1])
+
+
+@pytest.mark.parametrize("max_pulls", [1, 6])
+@pytest.mark.parametrize("num_boxes", [1, 2])
+def test_levels_a_few_pulls_before_their_end(max_pulls: int, num_boxes: int):
+    levels, solutions = generate_levels(200, size=7, num_boxes=num_boxes, seed=3, max_pulls=max_pulls)
+    assert max(sum(map(str.isupper, solution)) for solution in solutions) <= max_pulls
+    assert min(map(len, solutions)) == 1 or max_pulls > 1
+    for level, solution in zip(levels, solutions, strict=True):
+        envs = SokobanVectorEnv(1, size=7, levels=level[None], max_episode_steps=None)
+        envs.reset(options={"levels": level[None]})
+        for i, move in enumerate(solution.lower(), start=1):
+            _, _, terminated, _, _ = envs.step(["udlr".index(move) + 1])
+            assert terminated.item() == (i == len(solution))
+
+
 @pytest.mark.parametrize("stack", [1, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_output_equals_the_scalar_simulator_on_endless_levels(backend: str, stack: int):
