@@ -11,13 +11,14 @@ three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 $run --study i2a_7x7 --variants "${three[@]}" --flags="--total-timesteps 1000000"
 $run --study i2a_8x8 --variants "${three[@]}" --flags="--size 8 --total-timesteps 1000000"
 for study in i2a_7x7 i2a_8x8; do
-  python benchmark/curves.py --study $study --at-frames 200000 400000
+  python benchmark/curves.py --study $study --thresholds 0.3 0.5 0.7 0.8 --at-frames 200000 400000 600000
 done
 
 # 2. Where imagination pays: depth, and π̂'s actions
-$run --study i2a_depth --seeds 1 --variants "depth-3=" "depth-8=--imagination-depth 8" "model-free=--agent model-free" \
+$run --study i2a_depth --seeds 1 --variants "model-free=--agent model-free" "depth-3=" "depth-8=--imagination-depth 8" \
+  "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" \
   --flags="--no-anneal-lr --total-timesteps 300000"
-python benchmark/curves.py --study i2a_depth --reference depth-3 --thresholds 0.3 0.5
+python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6
 
 # 3. 10x10 rooms with four boxes
 $run --study flagship --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \

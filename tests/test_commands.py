@@ -65,7 +65,11 @@ PROGRAMS = {
         "--max-episode-steps 32'",
         "benchmark/results/i2a_7x7.csv",
     ),
-    "benchmark/curves.py": ("", "benchmark/results/i2a_7x7_table.csv docs/i2a_7x7.png"),
+    "benchmark/curves.py --study i2a_7x7": ("", "benchmark/results/i2a_7x7_table.csv docs/i2a_7x7.png"),
+    "benchmark/curves.py --study i2a_first_edition": (
+        "",
+        "benchmark/results/i2a_first_edition_table.csv docs/i2a_first_edition.png",
+    ),
     "benchmark/i2a_evaluate.py levels": ("", "benchmark/results/i2a_levels.csv"),
     "benchmark/i2a_evaluate.py random": ("--tasks 6x6-1 --episodes 8", "benchmark/results/i2a_random.csv"),
     "benchmark/i2a_evaluate.py boxes": ("--episodes 4", "benchmark/results/i2a_boxes.csv"),
