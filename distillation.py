@@ -29,6 +29,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -49,103 +50,57 @@ NEEDS_Q_VALUES = "--loss mse compares Q-values: it needs teachers of --teacher d
 
 @dataclass
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem
-    """the name of this experiment (of this file)"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """only deterministic algorithms"""
-    cuda: bool = True
-    """use a GPU if there is one"""
-    track: bool = False
-    """track the run in Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
-    capture_video: bool = False
-    """write a GIF of an evaluation episode of each teacher and student into the run folder"""
-    save_model: bool = True
-    """write agent.pt after each teacher and each student: for --teacher-path, --resume and --evaluate"""
+    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # only deterministic algorithms
+    cuda: bool = True  # use a GPU if there is one
+    track: bool = False  # track the run in Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
+    capture_video: bool = False  # write a GIF of an evaluation episode of each teacher and student into the run folder
+    save_model: bool = True  # write agent.pt after each teacher and each student
 
     # Algorithm specific arguments
-    env_ids: tuple[str, ...] = ("Sokoban-v0",)
-    """the tasks of a student: gymnasium environments with vector states and discrete actions, or Sokoban-v0"""
-    teacher: Literal["actor-critic", "dqn"] = "actor-critic"
-    """what the teachers are: policies, or Q-values"""
-    student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)
-    """a student for each of these shares of the teachers' parameters"""
-    loss: Literal["kl", "nll", "mse"] = "kl"
-    """Rusu's three losses: all of π, its best action, or Q-values (of a dqn)"""
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    """D_KL(π‖π̂) (Rusu et al., I2A), or D_KL(π̂‖π) (lecture)"""
-    temperature: float | None = None
-    """τ, of the teacher only (None: .01 for Q-values, which is Rusu's, and 1 for a policy)"""
-    states: Literal["teacher", "student"] = "teacher"
-    """who visits the states"""
-    correction: bool = False
-    """student's states: reward it for lower losses at later steps, so that the update is a gradient"""
+    env_ids: tuple[str, ...] = ("Sokoban-v0",)  # the tasks of a student
+    teacher: Literal["actor-critic", "dqn"] = "actor-critic"  # what the teachers are: policies, or Q-values
+    student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)  # students, by share of parameters
+    loss: Literal["kl", "nll", "mse"] = "kl"  # all of the policy, its best action, or Q-values
+    kl_direction: Literal["forward", "reverse"] = "forward"  # teacher to student (Rusu et al.), or back
+    temperature: float | None = None  # of the teacher only (None: .01 for Q-values, 1 for a policy)
+    states: Literal["teacher", "student"] = "teacher"  # who visits the states
+    correction: bool = False  # student's states: reward it for lower losses at later steps
 
-    teacher_path: tuple[str, ...] = ()
-    """take the teachers, of either kind, from these agent.pt instead of training them"""
-    teacher_timesteps: int | None = None
-    """environment frames of each teacher (None: TEACHER_TIMESTEPS)"""
-    num_envs: int = 32
-    """parallel environments"""
-    num_steps: int = 8
-    """steps of a rollout: of the actor-critic teacher, and of a student that visits its own states"""
-    gamma: float | None = None
-    """discount (None: .97 for Sokoban, .99 for others)"""
-    vf_coef: float = 0.5
-    """weight of value losses"""
-    learning_rate: float | None = None
-    """of teachers (None: of an actor-critic 3e-3 on Sokoban and 1e-3 on others, of a dqn 5e-4)"""
-    max_grad_norm: float = 1.0
-    """actor-critic: gradient clipping"""
-    ent_coef: float = 0.001
-    """actor-critic: entropy bonus"""
-    reward_scale: float = 0.1
-    """actor-critic: its losses see rewards times this"""
-    dqn_batch_size: int = 64
-    """dqn: transitions of an update"""
-    dqn_envs: int = 1
-    """dqn: parallel environments; with more of them Q and its target change less between two steps: less exploration"""
-    dqn_updates: int = 4
-    """dqn: updates after each step of all environments"""
-    replay_size: int = 100_000
-    """dqn: transitions of the replay"""
-    learning_starts: int = 500
-    """dqn: frames before the first update"""
-    exploration_fraction: float = 0.1
-    """dqn: share of the frames over which the probability of random actions falls from 1 to .05"""
-    tau: float = 0.05
-    """dqn: how far an update of the target network goes"""
+    teacher_path: tuple[str, ...] = ()  # take the teachers from these agent.pt
+    teacher_timesteps: int | None = None  # environment frames of each teacher (None: TEACHER_TIMESTEPS)
+    num_envs: int = 32  # parallel environments
+    num_steps: int = 8  # steps of a rollout: of the actor-critic teacher, and of a student that visits its own states
+    gamma: float | None = None  # discount (None: .97 for Sokoban, .99 for others)
+    vf_coef: float = 0.5  # weight of value losses
+    learning_rate: float | None = None  # of teachers (None: 3e-3 on Sokoban, 1e-3, dqn 5e-4)
+    max_grad_norm: float = 1.0  # actor-critic: gradient clipping
+    ent_coef: float = 0.001  # actor-critic: entropy bonus
+    reward_scale: float = 0.1  # actor-critic: its losses see rewards times this
+    dqn_batch_size: int = 64  # dqn: transitions of an update
+    dqn_envs: int = 1  # dqn: parallel environments
+    dqn_updates: int = 4  # dqn: updates after each step of all environments
+    replay_size: int = 100_000  # dqn: transitions of the replay
+    learning_starts: int = 500  # dqn: frames before the first update
+    exploration_fraction: float = 0.1  # dqn: share of the frames over which epsilon falls
+    tau: float = 0.05  # dqn: how far an update of the target network goes
 
-    buffer_size: int = 100_000
-    """states N of each task's buffer"""
-    epsilon: float = 0.05
-    """probability of a random action while the teacher fills the buffer"""
-    distill_steps: int = 6_000
-    """updates of a student"""
-    batch_size: int = 256
-    """states of each task in an update (a student on its own states: --num-envs times --num-steps)"""
-    distill_learning_rate: float = 1e-2
-    """learning rate of a student, decays linearly"""
+    buffer_size: int = 100_000  # states N of each task's buffer
+    epsilon: float = 0.05  # probability of a random action while the teacher fills the buffer
+    distill_steps: int = 6_000  # updates of a student
+    batch_size: int = 256  # states of each task in an update
+    distill_learning_rate: float = 1e-2  # learning rate of a student, decays linearly
 
-    size: int = 7
-    """Sokoban: board size"""
-    num_boxes: int = 1
-    """Sokoban: boxes"""
-    max_episode_steps: int = 60
-    """Sokoban: steps after which an episode is truncated"""
-    eval_episodes: int = 500
-    """episodes of an evaluation, held-out levels for Sokoban"""
-    log_frequency: int = 1_000
-    """updates of a student between rows of metrics; a teacher has 20"""
-    resume: str | None = None
-    """continue from this agent.pt with the teacher or student that it lacks, and with its flags"""
-    evaluate: str | None = None
-    """evaluate the teachers and students of this agent.pt, and stop"""
+    size: int = 7  # Sokoban: board size
+    num_boxes: int = 1  # Sokoban: boxes
+    max_episode_steps: int = 60  # Sokoban: steps after which an episode is truncated
+    eval_episodes: int = 500  # episodes of an evaluation, held-out levels for Sokoban
+    log_frequency: int = 1_000  # updates of a student between rows of metrics; a teacher has 20
+    resume: str | None = None  # continue from this agent.pt, with its flags
+    evaluate: str | None = None  # evaluate the teachers and students of this agent.pt, and stop
 
 
 BOARD_WIDTHS, VECTOR_WIDTHS = (32, 32, 256), (64, 64)  # of teachers: two convolutions and a dense layer, or dense ones
@@ -174,115 +129,95 @@ def layer_init(layer: nn.Module, std: float = 2**0.5, bias: float = 0.0) -> nn.M
     return layer
 
 
+def new_run(name: str) -> str:
+    """Make the folder runs/<name>__<time> of a new run, with a suffix where that is taken; returns the run's name."""
+    stem = re.sub("[:/]", "-", f"{name}__{int(time.time())}")
+    try:
+        for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(f"runs/{stem}{suffix}")
+                return stem + suffix
+    except OSError as e:
+        sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")
+    sys.exit(f"runs/{stem} exists, and five more like it: wait a second")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, which takes the place of `path` when all went well; exits with a line if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}; what stood there before is whole")
+
+
 class Logger:
     """Metrics to `runs/<run_name>/metrics.csv`, to the terminal and, with `args.track`, to Weights and Biases.
 
-    One call of `log` is one row; a metric that is new adds a column. The W&B run's id is its name, so that a resumed
-    run goes on under it.
+    One call of `log` is one row. `rows` go into checkpoints: a resumed run takes them up, and has each row once.
     """
 
-    def __init__(self, args: Any, run_name: str) -> None:
+    def __init__(self, args: Any, run_name: str, rows: Iterable[dict[str, float]] = ()) -> None:
         self.path = pathlib.Path("runs") / run_name / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        self.columns: list[str] = []
-        self.run = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            sys.exit(f"can't create {self.path.parent}: {e.strerror}; run from a folder that you can write to")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.wandb = list(rows), None
         if args.track:
             import wandb
 
             try:
-                self.run = wandb.init(
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
                 sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
-            self.run.define_metric("*", step_metric="global_step")
-
-    def restore(self, num_rows: int) -> None:
-        """Take up the file of a resumed run, cut back to the rows that its checkpoint had counted."""
-        try:
-            with self.path.open(newline="") as file:
-                self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)][:num_rows]
-        except OSError as e:
-            print(f"can't read {self.path}: {e.strerror}; its earlier rows are lost", file=sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a row.
-
-        Raises:
-            SystemExit: a loss that is not finite, after the row that shows it. Log before you save a checkpoint, and
-            the last one is good.
-        """
+        """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
         row = {"global_step": step, **metrics}
         self.rows.append(row)
-        try:
-            if set(row) <= set(self.columns):
-                with self.path.open("a", newline="") as file:
-                    csv.DictWriter(file, self.columns).writerow(row)
-            else:
-                self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-                temporary = self.path.with_name("metrics.csv.tmp")
-                with temporary.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, self.columns)
-                    writer.writeheader()
-                    writer.writerows(self.rows)
-                os.replace(temporary, self.path)
-        except OSError as e:
-            sys.exit(f"can't write {self.path}: {e.strerror}; mend that and --resume from the last checkpoint")
-        if self.run is not None:
-            self.run.log(row)
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=len(self.rows))  # a row that a resumed run writes again is dropped
         if not sys.stderr.isatty():  # a terminal has a progress bar instead
             print(" ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                sys.exit(f"{name} is {value} at step {step}: lower --learning-rate; the last checkpoint is good")
+                sys.exit(f"{name} is {value} at step {step}: lower the learning rate; the last checkpoint is good")
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """torch.save through a temporary file: a run that dies in it keeps its last checkpoint."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
+    """torch.save, so that a run that dies in it keeps its last checkpoint."""
+    with replacing(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full or read-only disk as a RuntimeError
-        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}")
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code.
-
-    Raises:
-        SystemExit: the file can't be read, is damaged, or is no checkpoint.
-    """
+def load_checkpoint(path: str, device: str | torch.device) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror}")
-    except Exception:  # a damaged file can fail anywhere in torch's reader
-        sys.exit(f"{path} is damaged, or no checkpoint of this project: train one, or take an older copy")
-    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
-        sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
-    return state
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged file can fail anywhere in torch's reader
+        sys.exit(f"can't read the checkpoint {path}: {e!r:.120}")
 
 
-def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
-    """The `Args` of a checkpoint; exits if another script wrote it."""
-    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
-        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
-    return Args(**state["args"])
+def saved_args(path: str) -> Any:
+    """The `Args` of a checkpoint: the defaults for the flags that are given beside it."""
+    try:
+        return Args(**load_checkpoint(path, "cpu")["args"])
+    except (KeyError, TypeError):
+        sys.exit(f"{path} was written by another script, or another version of this one")
 
 
-def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> Any:
+def resumed_args(args: Any, path: str) -> Any:
     """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
     free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
     beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
@@ -292,7 +227,7 @@ def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> A
     if wrong := given - beside:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
         sys.exit(f"{flags}: {path} brings its own flags, leave these out")
-    return replace(saved_args(path, state), **{name: getattr(args, name) for name in free | given})
+    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -334,9 +269,9 @@ def generalized_advantages(
     return result
 
 
-def sample(logits: Tensor, noise: Tensor) -> Tensor:
-    """Actions (B,) ~ softmax(logits), by `noise` (B, A) ~ Exp(1): the argmax of p / noise."""
-    return (logits - noise.log()).argmax(-1)
+def sample(logits: Tensor, rng: torch.Generator) -> Tensor:
+    """Actions (B,) ~ softmax(logits): the Gumbel-max trick (-log of Exp(1) is Gumbel noise)."""
+    return (logits - torch.empty_like(logits).exponential_(generator=rng).log()).argmax(-1)
 
 
 def actor_critic_losses(logits: Tensor, values: Tensor, actions: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
@@ -425,8 +360,7 @@ def play_episodes(
         if film and playing[0]:
             pictures.append(task.envs.render()[0])
         out = torch.zeros(len(x), task.num_actions, device=device) if policy is None else policy(x)
-        noise = torch.empty_like(out).exponential_(generator=rng)
-        action = out.argmax(-1) if greedy and policy is not None else sample(out, noise)
+        action = out.argmax(-1) if greedy and policy is not None else sample(out, rng)
         x, reward, terminated, truncated, _ = task.step(action)
         returns += reward * playing  # what comes after an episode's end doesn't count
         ended |= terminated & playing
@@ -585,7 +519,7 @@ def train_actor_critic(
         steps = []
         for _ in range(args.num_steps):
             logits, value = net.with_value(x)  # with its graph: the policy stays as it is until the update
-            action = sample(logits.detach(), torch.empty_like(logits).exponential_(generator=rng))
+            action = sample(logits.detach(), rng)
             x, reward, terminated, truncated, true_next = task.step(action)
             steps.append((action, reward, terminated, truncated, true_next, logits, value))
         actions, rewards, terminated, truncated, true_next, logits, values = map(torch.stack, zip(*steps, strict=True))
@@ -688,7 +622,7 @@ def visited_states(
     for _ in range(math.ceil(num / task.num_envs)):
         states.append(x)
         out = teacher(x)
-        action = out.argmax(-1) if greedy else sample(out, torch.empty_like(out).exponential_(generator=rng))
+        action = out.argmax(-1) if greedy else sample(out, rng)
         x, *_ = task.step(explored(action, task.num_actions, epsilon, rng))
     return torch.cat(states)
 
@@ -775,11 +709,10 @@ def main(args: Args) -> list[dict[str, Any]]:
         state = load_checkpoint(path, device)
         if not {"teachers", "students", "run_name"} <= set(state):
             sys.exit(f"{path} is of another script or version: give an agent.pt of this distillation.py")
-        args = resumed_args(args, path, state)
+        args = resumed_args(args, path)
     else:
-        run_name = re.sub("[:/]", "-", f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}__{int(time.time())}")
-        state = {"args": asdict(args), "run_name": run_name, "teachers": {}, "students": {}}
-        state |= {"global_step": 0, "num_rows": 0}
+        state = {"args": asdict(args), "run_name": "", "teachers": {}, "students": {}}
+        state |= {"global_step": 0, "rows": []}
     for teacher_path in () if path else args.teacher_path:
         saved = load_checkpoint(teacher_path, device)
         same = ("size", "num_boxes", "max_episode_steps") if "Sokoban-v0" in saved.get("teachers", {}) else ()
@@ -798,13 +731,13 @@ def main(args: Args) -> list[dict[str, Any]]:
     ]
     tasks = [Task(args, env_id, args.num_envs, device) for env_id in args.env_ids]
     shapes, actions = [task.shape for task in tasks], [task.num_actions for task in tasks]
+    if not path:
+        state["run_name"] = new_run(f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}")
     folder = pathlib.Path(args.evaluate).parent if args.evaluate else pathlib.Path("runs") / state["run_name"]
-    logger = None if args.evaluate else Logger(args, state["run_name"])
-    if args.resume and logger:
-        logger.restore(state["num_rows"])
+    logger = None if args.evaluate else Logger(args, state["run_name"], state["rows"])
 
     def save() -> None:
-        state["num_rows"] = len(logger.rows)
+        state["rows"] = logger.rows
         if args.save_model:
             save_checkpoint(folder / "agent.pt", state)
 
@@ -894,8 +827,7 @@ def main(args: Args) -> list[dict[str, Any]]:
                     # apart: sums of divergences are large, and the trunk is the policy's
                     both = student.with_value(x, i, apart=True) if args.correction else (student(x, i), x.new_zeros(()))
                     logits, value = both
-                    noise = torch.empty_like(logits).exponential_(generator=rng)
-                    action = sample(logits.detach(), noise)
+                    action = sample(logits.detach(), rng)
                     observations[i], _, terminated, truncated, true_next = task.step(action)
                     rollout.append((x, logits, value, action, terminated, truncated, true_next))
                 x, logits, values, action, terminated, truncated, true_next = map(

@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -47,76 +48,42 @@ EVAL_SEED = 10**9  # of the held-out levels
 
 @dataclass
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem
-    """the name of this experiment (of this file)"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """only deterministic algorithms"""
-    cuda: bool = True
-    """use a GPU if there is one"""
-    track: bool = False
-    """track the run in Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
-    capture_video: bool = False
-    """write a GIF of each task's policy into the run folder"""
-    save_model: bool = True
-    """write checkpoint.pt, for --resume and --evaluate"""
+    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # only deterministic algorithms
+    cuda: bool = True  # use a GPU if there is one
+    track: bool = False  # track the run in Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
+    capture_video: bool = False  # write a GIF of each task's policy into the run folder
+    save_model: bool = True  # write checkpoint.pt, for --resume and --evaluate
 
     # Algorithm specific arguments
-    tasks: tuple[str, ...] = ("5x5-1", "5x5-2", "6x5-1", "6x6-1")
-    """tasks: HxW-boxes"""
-    held_out: str = "6x6-2"
-    """a task that nothing learns on: π_0 is evaluated on it"""
-    algorithm: Literal["distral", "independent", "multitask", "two-column"] = "distral"
-    """A2C baselines: a network for each task, one for all, or two columns without a pull towards π_0"""
-    variant: Literal["kl", "kl+ent"] = "kl+ent"
-    """kl: alpha is 1 (no entropy term)"""
-    columns: Literal[1, 2] = 2
-    """1: π_i and π_0 are networks of their own"""
-    alpha: float = 0.5
-    """c_KL / (c_KL + c_Ent), of kl+ent"""
-    beta: float = 500.0
-    """1 / (c_KL + c_Ent), in units of the scaled reward"""
-    total_timesteps: int = 1_000_000
-    """environment frames, over all tasks"""
-    num_envs: int = 16
-    """parallel environments N of each task"""
-    num_steps: int = 8
-    """steps T of a rollout before each update"""
-    learning_rate: float = 3e-3
-    """learning rate of Adam"""
-    gamma: float = 0.97
-    """discount"""
-    gae_lambda: float = 1.0
-    """1: n-step returns, as in A3C"""
-    ent_coef: float = 0.001
-    """entropy bonus of the baselines"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 1.0
-    """gradient clipping, of each column by itself"""
-    reward_scale: float = 0.1
-    """the losses see rewards times this"""
-    max_episode_steps: int = 60
-    """steps after which an episode is truncated"""
-    channels: int = 16
-    """channels of a column's two convolutions"""
-    dense: int = 128
-    """units of a column's dense layer"""
-    log_frequency: int = 20_000
-    """frames between rows of metrics"""
-    checkpoint_minutes: float = 3.0
-    """minutes between checkpoints"""
-    eval_episodes: int = 200
-    """held-out levels of each task in an evaluation"""
-    resume: str | None = None
-    """continue from this checkpoint.pt, with its flags; --total-timesteps may be raised"""
-    evaluate: str | None = None
-    """evaluate this checkpoint.pt, and stop"""
+    tasks: tuple[str, ...] = ("5x5-1", "5x5-2", "6x5-1", "6x6-1")  # tasks: HxW-boxes
+    held_out: str = "6x6-2"  # a task that nothing learns on: the distilled policy is evaluated on it
+    algorithm: Literal["distral", "independent", "multitask", "two-column"] = "distral"  # or A2C
+    variant: Literal["kl", "kl+ent"] = "kl+ent"  # kl: alpha is 1 (no entropy term)
+    columns: Literal[1, 2] = 2  # 1: each policy is a network of its own
+    alpha: float = 0.5  # c_KL / (c_KL + c_Ent), of kl+ent
+    beta: float = 500.0  # 1 / (c_KL + c_Ent), in units of the scaled reward
+    total_timesteps: int = 1_000_000  # environment frames, over all tasks
+    num_envs: int = 16  # parallel environments N of each task
+    num_steps: int = 8  # steps T of a rollout before each update
+    learning_rate: float = 3e-3  # learning rate of Adam
+    gamma: float = 0.97  # discount
+    gae_lambda: float = 1.0  # 1: n-step returns, as in A3C
+    ent_coef: float = 0.001  # entropy bonus of the baselines
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 1.0  # gradient clipping, of each column by itself
+    reward_scale: float = 0.1  # the losses see rewards times this
+    max_episode_steps: int = 60  # steps after which an episode is truncated
+    channels: int = 16  # channels of a column's two convolutions
+    dense: int = 128  # units of a column's dense layer
+    log_frequency: int = 20_000  # frames between rows of metrics
+    checkpoint_minutes: float = 3.0  # minutes between checkpoints
+    eval_episodes: int = 200  # held-out levels of each task in an evaluation
+    resume: str | None = None  # continue from this checkpoint.pt, with its flags; --total-timesteps may be raised
+    evaluate: str | None = None  # evaluate this checkpoint.pt, and stop
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -138,115 +105,95 @@ def layer_init(layer: nn.Module, std: float = 2**0.5, bias: float = 0.0) -> nn.M
     return layer
 
 
+def new_run(name: str) -> str:
+    """Make the folder runs/<name>__<time> of a new run, with a suffix where that is taken; returns the run's name."""
+    stem = re.sub("[:/]", "-", f"{name}__{int(time.time())}")
+    try:
+        for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(f"runs/{stem}{suffix}")
+                return stem + suffix
+    except OSError as e:
+        sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")
+    sys.exit(f"runs/{stem} exists, and five more like it: wait a second")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, which takes the place of `path` when all went well; exits with a line if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}; what stood there before is whole")
+
+
 class Logger:
     """Metrics to `runs/<run_name>/metrics.csv`, to the terminal and, with `args.track`, to Weights and Biases.
 
-    One call of `log` is one row; a metric that is new adds a column. The W&B run's id is its name, so that a resumed
-    run goes on under it.
+    One call of `log` is one row. `rows` go into checkpoints: a resumed run takes them up, and has each row once.
     """
 
-    def __init__(self, args: Any, run_name: str) -> None:
+    def __init__(self, args: Any, run_name: str, rows: Iterable[dict[str, float]] = ()) -> None:
         self.path = pathlib.Path("runs") / run_name / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        self.columns: list[str] = []
-        self.run = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            sys.exit(f"can't create {self.path.parent}: {e.strerror}; run from a folder that you can write to")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.wandb = list(rows), None
         if args.track:
             import wandb
 
             try:
-                self.run = wandb.init(
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
                 sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
-            self.run.define_metric("*", step_metric="global_step")
-
-    def restore(self, num_rows: int) -> None:
-        """Take up the file of a resumed run, cut back to the rows that its checkpoint had counted."""
-        try:
-            with self.path.open(newline="") as file:
-                self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)][:num_rows]
-        except OSError as e:
-            print(f"can't read {self.path}: {e.strerror}; its earlier rows are lost", file=sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a row.
-
-        Raises:
-            SystemExit: a loss that is not finite, after the row that shows it. Log before you save a checkpoint, and
-            the last one is good.
-        """
+        """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
         row = {"global_step": step, **metrics}
         self.rows.append(row)
-        try:
-            if set(row) <= set(self.columns):
-                with self.path.open("a", newline="") as file:
-                    csv.DictWriter(file, self.columns).writerow(row)
-            else:
-                self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-                temporary = self.path.with_name("metrics.csv.tmp")
-                with temporary.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, self.columns)
-                    writer.writeheader()
-                    writer.writerows(self.rows)
-                os.replace(temporary, self.path)
-        except OSError as e:
-            sys.exit(f"can't write {self.path}: {e.strerror}; mend that and --resume from the last checkpoint")
-        if self.run is not None:
-            self.run.log(row)
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=len(self.rows))  # a row that a resumed run writes again is dropped
         if not sys.stderr.isatty():  # a terminal has a progress bar instead
             print(" ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                sys.exit(f"{name} is {value} at step {step}: lower --learning-rate; the last checkpoint is good")
+                sys.exit(f"{name} is {value} at step {step}: lower the learning rate; the last checkpoint is good")
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """torch.save through a temporary file: a run that dies in it keeps its last checkpoint."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
+    """torch.save, so that a run that dies in it keeps its last checkpoint."""
+    with replacing(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full or read-only disk as a RuntimeError
-        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}")
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code.
-
-    Raises:
-        SystemExit: the file can't be read, is damaged, or is no checkpoint.
-    """
+def load_checkpoint(path: str, device: str | torch.device) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror}")
-    except Exception:  # a damaged file can fail anywhere in torch's reader
-        sys.exit(f"{path} is damaged, or no checkpoint of this project: train one, or take an older copy")
-    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
-        sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
-    return state
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged file can fail anywhere in torch's reader
+        sys.exit(f"can't read the checkpoint {path}: {e!r:.120}")
 
 
-def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
-    """The `Args` of a checkpoint; exits if another script wrote it."""
-    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
-        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
-    return Args(**state["args"])
+def saved_args(path: str) -> Any:
+    """The `Args` of a checkpoint: the defaults for the flags that are given beside it."""
+    try:
+        return Args(**load_checkpoint(path, "cpu")["args"])
+    except (KeyError, TypeError):
+        sys.exit(f"{path} was written by another script, or another version of this one")
 
 
-def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> Any:
+def resumed_args(args: Any, path: str) -> Any:
     """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
     free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
     beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
@@ -256,7 +203,7 @@ def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> A
     if wrong := given - beside:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
         sys.exit(f"{flags}: {path} brings its own flags, leave these out")
-    return replace(saved_args(path, state), **{name: getattr(args, name) for name in free | given})
+    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -298,9 +245,9 @@ def generalized_advantages(
     return result
 
 
-def sample(logits: Tensor, noise: Tensor) -> Tensor:
-    """Actions (B,) ~ softmax(logits), by `noise` (B, A) ~ Exp(1): the argmax of p / noise."""
-    return (logits - noise.log()).argmax(-1)
+def sample(logits: Tensor, rng: torch.Generator) -> Tensor:
+    """Actions (B,) ~ softmax(logits): the Gumbel-max trick (-log of Exp(1) is Gumbel noise)."""
+    return (logits - torch.empty_like(logits).exponential_(generator=rng).log()).argmax(-1)
 
 
 def actor_critic_losses(logits: Tensor, values: Tensor, actions: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
@@ -433,7 +380,7 @@ def solve_levels(policy: Any, levels: Tensor, args: Args, height: int, width: in
     film = [boards]
     for _ in range(limit):
         logits = policy(pad_boards(boards, height, width))
-        boards, _, terminated, _, info = envs.step(sample(logits, torch.empty_like(logits).exponential_(generator=rng)))
+        boards, _, terminated, _, info = envs.step(sample(logits, rng))
         last = info.get("final_obs", boards)  # solved: it plays another level from here on, which doesn't count
         film.append(torch.where(solved[:, None, None], film[-1], last))
         solved |= terminated  # a later episode of the same board adds nothing
@@ -501,7 +448,7 @@ def main(args: Args) -> dict[str, float]:
     if state is not None:
         if "agent" not in state or "envs" not in state:
             sys.exit(f"{path} is no checkpoint of distral.py")
-        args = resumed_args(args, path, state)
+        args = resumed_args(args, path)
     check_distral(args)
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
@@ -534,15 +481,13 @@ def main(args: Args) -> dict[str, float]:
         return metrics
     if state and state["global_step"] >= args.total_timesteps:
         sys.exit(f"{args.resume} is of a finished run: --evaluate it, or give more --total-timesteps")
-    name = f"Sokoban-{n}-tasks__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_name = state["run_name"] if state else name
-    logger = Logger(args, run_name)
+    run_name = state["run_name"] if state else new_run(f"Sokoban-{n}-tasks__{args.exp_name}__{args.seed}")
+    logger = Logger(args, run_name, state["rows"] if state else ())
     folder = logger.path.parent
     global_step = 0
     if state:
         global_step = state["global_step"]
         rng.set_state(state["rng"].cpu())
-        logger.restore(state["rows"])
         observations = [env.set_state(saved) for env, saved in zip(envs, state["envs"], strict=True)]
     else:
         observations = [env.reset(seed=1000 * args.seed + i)[0] for i, env in enumerate(envs)]
@@ -560,7 +505,7 @@ def main(args: Args) -> dict[str, float]:
         for t in range(T):
             with torch.no_grad():
                 logits = agent(boards)[0]  # (n, N, A)
-            action = sample(logits, torch.empty_like(logits).exponential_(generator=rng))
+            action = sample(logits, rng)
             following, results = torch.empty_like(boards), []
             for i, env in enumerate(envs):
                 observation, *result, info = env.step(action[i])
@@ -640,7 +585,7 @@ def main(args: Args) -> dict[str, float]:
             save_checkpoint(folder / "checkpoint.pt", {
                 "args": asdict(replace(args, resume=None)), "run_name": run_name, "global_step": global_step,
                 "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.get_state(),
-                "envs": [env.get_state() for env in envs], "rows": len(logger.rows),
+                "envs": [env.get_state() for env in envs], "rows": logger.rows,
             })  # fmt: skip
             saved_at = time.time()
         if over or stop:

@@ -17,14 +17,17 @@ those that readers of the paper reported (docs/distral.md), and π_0 has a close
 Shapes: `E` runs (seeds), `n` tasks, `S` states, `A` actions, `M` = E * n. All tasks of all runs move in lockstep.
 """
 
+import contextlib
 import csv
 import math
 import os
 import pathlib
 import random
+import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -36,64 +39,36 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem
-    """the name of this experiment (of this file)"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """only deterministic algorithms"""
-    cuda: bool = True
-    """has no effect here: tables live on the CPU"""
-    track: bool = False
-    """track the run in Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
-    capture_video: bool = False
-    """film an episode of each task's greedy policy into videos/<run_name>"""
-    save_model: bool = False
-    """write the tables to runs/<run_name>/agent.pt at the end"""
+    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # only deterministic algorithms
+    cuda: bool = True  # has no effect here: tables live on the CPU
+    track: bool = False  # track the run in Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
+    capture_video: bool = False  # film an episode of each task's greedy policy into videos/<run_name>
+    save_model: bool = False  # write the tables to runs/<run_name>/agent.pt at the end
 
     # Algorithm specific arguments
-    num_seeds: int = 1
-    """independent runs E in lockstep; each has its own goals"""
-    num_tasks: int = 8
-    """tasks n of a run: goals, drawn without repetition"""
-    first_goal: int = 0
-    """skip so many of a run's goals: held-out ones for an earlier run with the same seed"""
-    total_timesteps: int = 20_000
-    """steps in each task"""
-    alpha: float = 0.8
-    """c_KL / (c_KL + c_Ent); 1: KL only; 0: independent soft Q-learning"""
-    beta: float = 5.0
-    """1 / (c_KL + c_Ent), the inverse temperature"""
-    learning_rate: float = 0.5
-    """step size of Q"""
-    gamma: float = 0.95
-    """discount"""
-    num_steps: int = 10
-    """steps T of a rollout, after which Q and then π_0 are updated"""
-    distillation: Literal["counts", "gradient"] = "counts"
-    """π_0 from the discounted counts of actions (the maximum of its likelihood), or by gradient ascent"""
-    counts_decay: float = 0.97
-    """counts: what each rollout leaves of the older ones, whose π_i are outdated"""
-    pseudo_count: float = 0.1
-    """counts: so many of each action are taken as seen"""
-    distill_learning_rate: float = 10.0
-    """gradient: step size of π_0's logits"""
-    freeze: bool = False
-    """never update π_0"""
-    previous_action: bool = True
-    """states hold the last action and reward"""
-    max_episode_steps: int = 100
-    """steps after which an episode is truncated"""
-    eval_frequency: int = 200
-    """steps between evaluations, each a row of metrics"""
-    distilled: str | None = None
-    """start from the π_0 of this agent.pt"""
-    evaluate: str | None = None
-    """evaluate the policies of this agent.pt, and stop"""
+    num_seeds: int = 1  # independent runs E in lockstep; each has its own goals
+    num_tasks: int = 8  # tasks n of a run: goals, drawn without repetition
+    first_goal: int = 0  # skip so many of a run's goals: held-out ones for an earlier run with the same seed
+    total_timesteps: int = 20_000  # steps in each task
+    alpha: float = 0.8  # c_KL / (c_KL + c_Ent); 1: KL only; 0: independent soft Q-learning
+    beta: float = 5.0  # 1 / (c_KL + c_Ent), the inverse temperature
+    learning_rate: float = 0.5  # step size of Q
+    gamma: float = 0.95  # discount
+    num_steps: int = 10  # steps T of a rollout, after which Q and the distilled policy are updated
+    distillation: Literal["counts", "gradient"] = "counts"  # from counts of actions, or by gradient ascent
+    counts_decay: float = 0.97  # counts: what each rollout leaves of the older ones, which are outdated
+    pseudo_count: float = 0.1  # counts: so many of each action are taken as seen
+    distill_learning_rate: float = 10.0  # gradient: step size of the distilled policy's logits
+    freeze: bool = False  # never update the distilled policy
+    previous_action: bool = True  # states hold the last action and reward
+    max_episode_steps: int = 100  # steps after which an episode is truncated
+    eval_frequency: int = 200  # steps between evaluations, each a row of metrics
+    distilled: str | None = None  # start from the distilled policy of this agent.pt
+    evaluate: str | None = None  # evaluate the policies of this agent.pt, and stop
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -108,112 +83,92 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
 
 
+def new_run(name: str) -> str:
+    """Make the folder runs/<name>__<time> of a new run, with a suffix where that is taken; returns the run's name."""
+    stem = re.sub("[:/]", "-", f"{name}__{int(time.time())}")
+    try:
+        for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(f"runs/{stem}{suffix}")
+                return stem + suffix
+    except OSError as e:
+        sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")
+    sys.exit(f"runs/{stem} exists, and five more like it: wait a second")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, which takes the place of `path` when all went well; exits with a line if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}; what stood there before is whole")
+
+
 class Logger:
     """Metrics to `runs/<run_name>/metrics.csv`, to the terminal and, with `args.track`, to Weights and Biases.
 
-    One call of `log` is one row; a metric that is new adds a column. The W&B run's id is its name, so that a resumed
-    run goes on under it.
+    One call of `log` is one row. `rows` go into checkpoints: a resumed run takes them up, and has each row once.
     """
 
-    def __init__(self, args: Any, run_name: str) -> None:
+    def __init__(self, args: Any, run_name: str, rows: Iterable[dict[str, float]] = ()) -> None:
         self.path = pathlib.Path("runs") / run_name / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        self.columns: list[str] = []
-        self.run = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            sys.exit(f"can't create {self.path.parent}: {e.strerror}; run from a folder that you can write to")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.wandb = list(rows), None
         if args.track:
             import wandb
 
             try:
-                self.run = wandb.init(
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
                 sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
-            self.run.define_metric("*", step_metric="global_step")
-
-    def restore(self, num_rows: int) -> None:
-        """Take up the file of a resumed run, cut back to the rows that its checkpoint had counted."""
-        try:
-            with self.path.open(newline="") as file:
-                self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)][:num_rows]
-        except OSError as e:
-            print(f"can't read {self.path}: {e.strerror}; its earlier rows are lost", file=sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a row.
-
-        Raises:
-            SystemExit: a loss that is not finite, after the row that shows it. Log before you save a checkpoint, and
-            the last one is good.
-        """
+        """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
         row = {"global_step": step, **metrics}
         self.rows.append(row)
-        try:
-            if set(row) <= set(self.columns):
-                with self.path.open("a", newline="") as file:
-                    csv.DictWriter(file, self.columns).writerow(row)
-            else:
-                self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-                temporary = self.path.with_name("metrics.csv.tmp")
-                with temporary.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, self.columns)
-                    writer.writeheader()
-                    writer.writerows(self.rows)
-                os.replace(temporary, self.path)
-        except OSError as e:
-            sys.exit(f"can't write {self.path}: {e.strerror}; mend that and --resume from the last checkpoint")
-        if self.run is not None:
-            self.run.log(row)
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=len(self.rows))  # a row that a resumed run writes again is dropped
         if not sys.stderr.isatty():  # a terminal has a progress bar instead
             print(" ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                sys.exit(f"{name} is {value} at step {step}: lower --learning-rate; the last checkpoint is good")
+                sys.exit(f"{name} is {value} at step {step}: lower the learning rate; the last checkpoint is good")
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """torch.save through a temporary file: a run that dies in it keeps its last checkpoint."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
+    """torch.save, so that a run that dies in it keeps its last checkpoint."""
+    with replacing(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full or read-only disk as a RuntimeError
-        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}")
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code.
-
-    Raises:
-        SystemExit: the file can't be read, is damaged, or is no checkpoint.
-    """
+def load_checkpoint(path: str, device: str | torch.device) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror}")
-    except Exception:  # a damaged file can fail anywhere in torch's reader
-        sys.exit(f"{path} is damaged, or no checkpoint of this project: train one, or take an older copy")
-    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
-        sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
-    return state
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged file can fail anywhere in torch's reader
+        sys.exit(f"can't read the checkpoint {path}: {e!r:.120}")
 
 
-def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
-    """The `Args` of a checkpoint; exits if another script wrote it."""
-    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
-        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
-    return Args(**state["args"])
+def saved_args(path: str) -> Any:
+    """The `Args` of a checkpoint: the defaults for the flags that are given beside it."""
+    try:
+        return Args(**load_checkpoint(path, "cpu")["args"])
+    except (KeyError, TypeError):
+        sys.exit(f"{path} was written by another script, or another version of this one")
 
 
 # -------------------------------------------------------------------------------------------------------- environment
@@ -410,7 +365,7 @@ def main(args: Args) -> dict[str, Any]:
     if state is not None and not {"log_prior", "Q", "counts", "goals"} <= set(state):
         sys.exit(f"{path} holds no tables of distral_tabular.py")
     if args.evaluate:
-        args = replace(saved_args(path, state), evaluate=args.evaluate)
+        args = replace(saved_args(path), evaluate=args.evaluate)
     seed_everything(args.seed, args.torch_deterministic)
     rng = np.random.default_rng(args.seed)
     cells, ahead, corridor = read_rooms()
@@ -453,7 +408,7 @@ def main(args: Args) -> dict[str, Any]:
         result = evaluations()
         print(" ".join(f"{name}={np.mean(share):.4g}" for name, share in result.items()))
         return result
-    run_name = f"TwoRooms-v0__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = new_run(f"TwoRooms-v0__{args.exp_name}__{args.seed}")
     logger = Logger(args, run_name)
 
     def start_cells() -> np.ndarray:

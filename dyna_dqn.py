@@ -20,6 +20,7 @@ Shapes: `E` runs, `B` batch, `K` planning steps, `D` imagination depth, `A` acti
 of the replay, `T` steps of an episode. A row is a transition (s, s', a, r, end): `R` = 2S + 3 numbers.
 """
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -30,7 +31,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -48,92 +49,50 @@ import sokoban_env
 
 @dataclass
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem
-    """the name of this experiment (of this file)"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """only deterministic algorithms"""
-    cuda: bool = True
-    """use a GPU if there is one"""
-    track: bool = False
-    """track the run in Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
-    capture_video: bool = False
-    """film episodes into videos/<run_name>"""
-    save_model: bool = False
-    """write runs/<run_name>/agent.pt at every evaluation: for --evaluate and --resume"""
+    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # only deterministic algorithms
+    cuda: bool = True  # use a GPU if there is one
+    track: bool = False  # track the run in Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
+    capture_video: bool = False  # film episodes into videos/<run_name>
+    save_model: bool = False  # write runs/<run_name>/agent.pt at every evaluation: for --evaluate and --resume
 
     # Algorithm specific arguments
-    num_seeds: int = 1
-    """independent runs E in lockstep, with seeds from --seed on"""
-    env_id: str = "CartPole-v1"
-    """a gymnasium environment with vector states and discrete actions, or Sokoban-v0"""
-    total_timesteps: int = 4000
-    """real steps"""
-    planning: Literal["none", "replay", "model"] = "model"
-    """where the K further updates after each real step come from; none: there are none"""
-    planning_steps: int = 7
-    """further updates K"""
-    planning_epsilon: float = 0.5
-    """probability of a random action in imagination"""
-    imagination_depth: int = 1
-    """steps D that the model is fed its own predictions; a batch then starts from B / D replayed states"""
-    learning_rate: float = 5e-4
-    """learning rate of Q"""
-    buffer_size: int = 100_000
-    """transitions N of the replay"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.05
-    """how far an update of the target network goes"""
-    target_network_frequency: int = 1
-    """real steps between updates of the target network"""
-    batch_size: int = 64
-    """transitions B of an update"""
-    start_e: float = 1.0
-    """probability of a random action at the start"""
-    end_e: float = 0.05
-    """and in the end"""
-    exploration_fraction: float = 0.25
-    """share of the real steps over which it falls"""
-    learning_starts: int = 500
-    """real steps before the first update"""
-    train_frequency: int = 1
-    """real steps between updates"""
-    double: bool = True
-    """double DQN; --no-double: DQN"""
-    hidden: tuple[int, ...] = (64, 64)
-    """units of Q's hidden layers"""
-    standardize: bool = True
-    """let Q read states in units of their spread in the replay"""
-    model_hidden: tuple[int, ...] = (64, 64)
-    """units of the model's hidden layers"""
-    model_learning_rate: float = 1e-3
-    """learning rate of the model"""
-    model_batch_size: int = 128
-    """transitions of an update of the model"""
-    model_updates: int = 2
-    """updates of the model after each real step"""
-    size: int = 5
-    """Sokoban: board size"""
-    num_boxes: int = 1
-    """Sokoban: boxes"""
-    num_levels: int = 1
-    """Sokoban: generated levels to learn on (0: ever new ones)"""
-    eval_frequency: int = 500
-    """real steps between evaluations of the greedy policy, each a row of metrics"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-    stop_return: float | None = None
-    """stop once an evaluation of every run has reached this mean return"""
-    resume: str | None = None
-    """continue from this agent.pt, with its flags and a new episode; --total-timesteps may be raised"""
-    evaluate: str | None = None
-    """evaluate the greedy policy of this agent.pt, and stop"""
+    num_seeds: int = 1  # independent runs E in lockstep, with seeds from --seed on
+    env_id: str = "CartPole-v1"  # a gymnasium environment with vector states and discrete actions, or Sokoban-v0
+    total_timesteps: int = 4000  # real steps
+    planning: Literal["none", "replay", "model"] = "model"  # where further updates come from
+    planning_steps: int = 7  # further updates K
+    planning_epsilon: float = 0.5  # probability of a random action in imagination
+    imagination_depth: int = 1  # steps D that the model is fed its own predictions
+    learning_rate: float = 5e-4  # learning rate of Q
+    buffer_size: int = 100_000  # transitions N of the replay
+    gamma: float = 0.99  # discount
+    tau: float = 0.05  # how far an update of the target network goes
+    target_network_frequency: int = 1  # real steps between updates of the target network
+    batch_size: int = 64  # transitions B of an update
+    start_e: float = 1.0  # probability of a random action at the start
+    end_e: float = 0.05  # and in the end
+    exploration_fraction: float = 0.25  # share of the real steps over which it falls
+    learning_starts: int = 500  # real steps before the first update
+    train_frequency: int = 1  # real steps between updates
+    double: bool = True  # double DQN; --no-double: DQN
+    hidden: tuple[int, ...] = (64, 64)  # units of Q's hidden layers
+    standardize: bool = True  # let Q read states in units of their spread in the replay
+    model_hidden: tuple[int, ...] = (64, 64)  # units of the model's hidden layers
+    model_learning_rate: float = 1e-3  # learning rate of the model
+    model_batch_size: int = 128  # transitions of an update of the model
+    model_updates: int = 2  # updates of the model after each real step
+    size: int = 5  # Sokoban: board size
+    num_boxes: int = 1  # Sokoban: boxes
+    num_levels: int = 1  # Sokoban: generated levels to learn on (0: ever new ones)
+    eval_frequency: int = 500  # real steps between evaluations of the greedy policy, each a row of metrics
+    eval_episodes: int = 10  # episodes of an evaluation
+    stop_return: float | None = None  # stop once an evaluation of every run has reached this mean return
+    resume: str | None = None  # continue from this agent.pt, with its flags and a new episode
+    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -148,115 +107,95 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
 
 
+def new_run(name: str) -> str:
+    """Make the folder runs/<name>__<time> of a new run, with a suffix where that is taken; returns the run's name."""
+    stem = re.sub("[:/]", "-", f"{name}__{int(time.time())}")
+    try:
+        for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(f"runs/{stem}{suffix}")
+                return stem + suffix
+    except OSError as e:
+        sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")
+    sys.exit(f"runs/{stem} exists, and five more like it: wait a second")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, which takes the place of `path` when all went well; exits with a line if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}; what stood there before is whole")
+
+
 class Logger:
     """Metrics to `runs/<run_name>/metrics.csv`, to the terminal and, with `args.track`, to Weights and Biases.
 
-    One call of `log` is one row; a metric that is new adds a column. The W&B run's id is its name, so that a resumed
-    run goes on under it.
+    One call of `log` is one row. `rows` go into checkpoints: a resumed run takes them up, and has each row once.
     """
 
-    def __init__(self, args: Any, run_name: str) -> None:
+    def __init__(self, args: Any, run_name: str, rows: Iterable[dict[str, float]] = ()) -> None:
         self.path = pathlib.Path("runs") / run_name / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        self.columns: list[str] = []
-        self.run = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            sys.exit(f"can't create {self.path.parent}: {e.strerror}; run from a folder that you can write to")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.wandb = list(rows), None
         if args.track:
             import wandb
 
             try:
-                self.run = wandb.init(
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
                 sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
-            self.run.define_metric("*", step_metric="global_step")
-
-    def restore(self, num_rows: int) -> None:
-        """Take up the file of a resumed run, cut back to the rows that its checkpoint had counted."""
-        try:
-            with self.path.open(newline="") as file:
-                self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)][:num_rows]
-        except OSError as e:
-            print(f"can't read {self.path}: {e.strerror}; its earlier rows are lost", file=sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a row.
-
-        Raises:
-            SystemExit: a loss that is not finite, after the row that shows it. Log before you save a checkpoint, and
-            the last one is good.
-        """
+        """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
         row = {"global_step": step, **metrics}
         self.rows.append(row)
-        try:
-            if set(row) <= set(self.columns):
-                with self.path.open("a", newline="") as file:
-                    csv.DictWriter(file, self.columns).writerow(row)
-            else:
-                self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-                temporary = self.path.with_name("metrics.csv.tmp")
-                with temporary.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, self.columns)
-                    writer.writeheader()
-                    writer.writerows(self.rows)
-                os.replace(temporary, self.path)
-        except OSError as e:
-            sys.exit(f"can't write {self.path}: {e.strerror}; mend that and --resume from the last checkpoint")
-        if self.run is not None:
-            self.run.log(row)
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=len(self.rows))  # a row that a resumed run writes again is dropped
         if not sys.stderr.isatty():  # a terminal has a progress bar instead
             print(" ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                sys.exit(f"{name} is {value} at step {step}: lower --learning-rate; the last checkpoint is good")
+                sys.exit(f"{name} is {value} at step {step}: lower the learning rate; the last checkpoint is good")
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """torch.save through a temporary file: a run that dies in it keeps its last checkpoint."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
+    """torch.save, so that a run that dies in it keeps its last checkpoint."""
+    with replacing(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full or read-only disk as a RuntimeError
-        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}")
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code.
-
-    Raises:
-        SystemExit: the file can't be read, is damaged, or is no checkpoint.
-    """
+def load_checkpoint(path: str, device: str | torch.device) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror}")
-    except Exception:  # a damaged file can fail anywhere in torch's reader
-        sys.exit(f"{path} is damaged, or no checkpoint of this project: train one, or take an older copy")
-    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
-        sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
-    return state
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged file can fail anywhere in torch's reader
+        sys.exit(f"can't read the checkpoint {path}: {e!r:.120}")
 
 
-def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
-    """The `Args` of a checkpoint; exits if another script wrote it."""
-    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
-        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
-    return Args(**state["args"])
+def saved_args(path: str) -> Any:
+    """The `Args` of a checkpoint: the defaults for the flags that are given beside it."""
+    try:
+        return Args(**load_checkpoint(path, "cpu")["args"])
+    except (KeyError, TypeError):
+        sys.exit(f"{path} was written by another script, or another version of this one")
 
 
-def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> Any:
+def resumed_args(args: Any, path: str) -> Any:
     """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
     free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
     beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
@@ -266,7 +205,7 @@ def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> A
     if wrong := given - beside:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
         sys.exit(f"{flags}: {path} brings its own flags, leave these out")
-    return replace(saved_args(path, state), **{name: getattr(args, name) for name in free | given})
+    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
 
 
 # `cells` as four planes (wall, target, box, player), one row a cell value: lossless, and fewer than one-hot's seven
@@ -519,13 +458,13 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state is not None:
-        args = resumed_args(args, path, state)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_name = state["run_name"] if state else re.sub("[:/]", "-", name)
+        args = resumed_args(args, path)
     seed_everything(args.seed, args.torch_deterministic)
     E, K, B, D = args.num_seeds, args.planning_steps, args.batch_size, args.imagination_depth
-    envs = [make_feature_env(args, f"videos/{run_name}-{e}" if args.capture_video else None) for e in range(E)]
     eval_envs = [make_feature_env(args) for _ in range(E * args.eval_episodes)]
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+    run_name = state["run_name"] if state else new_run(name)
+    envs = [make_feature_env(args, f"videos/{run_name}-{e}" if args.capture_video else None) for e in range(E)]
     A = int(envs[0].action_space.n)
     s = state_features([env.reset(seed=args.seed + e)[0] for e, env in enumerate(envs)], device)  # (E, S)
     S = s.shape[1]
@@ -541,11 +480,11 @@ def main(args: Args) -> list[dict[str, Any]]:
     }  # fmt: skip
     replay = torch.zeros(E, args.buffer_size, 2 * S + 3, device=device)  # (E, N, R)
     rng, coin = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
-    done_steps, num_rows, updates = 0, 0, 0
+    done_steps, updates = 0, 0
     if state is not None:
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        done_steps, num_rows, updates = state["global_step"], state["num_rows"], state["updates"]
+        done_steps, updates = state["global_step"], state["updates"]
         replay[:, : state["replay"].shape[1]] = state["replay"]
         rng.set_state(state["rng"].cpu())
         coin.seed(f"{args.seed} {done_steps}")
@@ -556,9 +495,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         half = 1.96 * returns.std() / math.sqrt(returns.size)
         print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
         return [{"eval/return": returns.mean(1).tolist()}]
-    logger = Logger(args, run_name)
-    if state is not None:
-        logger.restore(num_rows)
+    logger = Logger(args, run_name, state["rows"] if state else ())
 
     episodes: list[tuple[float, int]] = []  # (return, length) of those since the last row
     losses: dict[str, list[Tensor]] = {"td_loss": [], "q_values": [], "model_loss": []}
@@ -657,7 +594,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             if args.save_model:
                 state = {name: module.state_dict() for name, module in modules.items()}
                 state |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "updates": updates}
-                state |= {"rng": rng.get_state(), "num_rows": len(logger.rows)}
+                state |= {"rng": rng.get_state(), "rows": logger.rows}
                 state["replay"] = replay[:, : min(global_step, args.buffer_size)].clone()
                 save_checkpoint(logger.path.with_name("agent.pt"), state)
             reached |= returns.mean(1) >= (math.inf if args.stop_return is None else args.stop_return)

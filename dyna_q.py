@@ -16,6 +16,7 @@ action q, the rule of the lecture that this project follows). Sutton & Barto's r
 `K` planning steps; `s`, `a` are numbers. Tables are lists of lists: reading one cell of an array costs ten times more.
 """
 
+import contextlib
 import csv
 import heapq
 import math
@@ -25,8 +26,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -40,64 +41,36 @@ import sokoban_env
 
 @dataclass
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem
-    """the name of this experiment (of this file)"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """only deterministic algorithms"""
-    cuda: bool = True
-    """has no effect here: tables live on the CPU"""
-    track: bool = False
-    """track the run in Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
-    capture_video: bool = False
-    """film episodes into videos/<run_name>"""
-    save_model: bool = False
-    """write the table to runs/<run_name>/agent.pt at the end"""
+    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # only deterministic algorithms
+    cuda: bool = True  # has no effect here: tables live on the CPU
+    track: bool = False  # track the run in Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
+    capture_video: bool = False  # film episodes into videos/<run_name>
+    save_model: bool = False  # write the table to runs/<run_name>/agent.pt at the end
 
     # Algorithm specific arguments
-    env_id: str = "DynaMaze-v0"
-    """DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0, or any gymnasium environment with discrete states and actions"""
-    total_timesteps: int = 6000
-    """real steps"""
-    num_episodes: int = 0
-    """stop after so many episodes, if they come sooner (0: never)"""
-    alpha: float = 0.1
-    """step size alpha"""
-    gamma: float = 0.95
-    """discount gamma"""
-    epsilon: float = 0.1
-    """probability of a random action"""
-    planning_steps: int = 5
-    """imagined updates K after each real step; 0 is Q-learning"""
-    planning_action: Literal["q", "visited"] = "q"
-    """how planning picks an action of a visited state, among those tried there: ε-greedily by Q, or any (the book)"""
-    model: Literal["last", "counts"] = "last"
-    """what a pair leads to: its last outcome, or each outcome as often as it was seen (for stochastic environments)"""
-    kappa: float = 0.0
-    """Dyna-Q+: planning adds κ √τ to the reward of a pair that was last tried τ real steps ago"""
-    prioritized: bool = False
-    """prioritised sweeping: planning takes the largest errors first, and works backwards from them"""
-    theta: float = 1e-4
-    """prioritised sweeping: the smallest error θ that enters the queue"""
-    maze_scale: int = 1
-    """mazes: each cell becomes so many cells a side"""
-    size: int = 6
-    """Sokoban: board size"""
-    num_boxes: int = 1
-    """Sokoban: boxes"""
-    level_seed: int = 11
-    """Sokoban: which generated level, the same in every episode (11: of the first dozen, the longest to solve)"""
-    log_frequency: int = 1000
-    """real steps between rows of metrics (0: none)"""
-    evaluate: str | None = None
-    """evaluate the greedy policy of this agent.pt, and stop"""
-    eval_episodes: int = 100
-    """episodes of an evaluation"""
+    env_id: str = "DynaMaze-v0"  # a maze (Dyna, Blocking, Shortcut), or any with discrete states, actions
+    total_timesteps: int = 6000  # real steps
+    num_episodes: int = 0  # stop after so many episodes, if they come sooner (0: never)
+    alpha: float = 0.1  # step size alpha
+    gamma: float = 0.95  # discount gamma
+    epsilon: float = 0.1  # probability of a random action
+    planning_steps: int = 5  # imagined updates K after each real step; 0 is Q-learning
+    planning_action: Literal["q", "visited"] = "q"  # planning: epsilon-greedy, or any tried action
+    model: Literal["last", "counts"] = "last"  # the last outcome, or each as often as it was seen
+    kappa: float = 0.0  # Dyna-Q+: planning adds kappa * sqrt(real steps since a pair was tried)
+    prioritized: bool = False  # prioritised sweeping: the largest errors first, and backwards from them
+    theta: float = 1e-4  # prioritised sweeping: the smallest error that enters the queue
+    maze_scale: int = 1  # mazes: each cell becomes so many cells a side
+    size: int = 6  # Sokoban: board size
+    num_boxes: int = 1  # Sokoban: boxes
+    level_seed: int = 11  # Sokoban: which generated level, the same in every episode
+    log_frequency: int = 1000  # real steps between rows of metrics (0: none)
+    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
+    eval_episodes: int = 100  # episodes of an evaluation
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -112,112 +85,92 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
 
 
+def new_run(name: str) -> str:
+    """Make the folder runs/<name>__<time> of a new run, with a suffix where that is taken; returns the run's name."""
+    stem = re.sub("[:/]", "-", f"{name}__{int(time.time())}")
+    try:
+        for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(f"runs/{stem}{suffix}")
+                return stem + suffix
+    except OSError as e:
+        sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")
+    sys.exit(f"runs/{stem} exists, and five more like it: wait a second")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, which takes the place of `path` when all went well; exits with a line if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}; what stood there before is whole")
+
+
 class Logger:
     """Metrics to `runs/<run_name>/metrics.csv`, to the terminal and, with `args.track`, to Weights and Biases.
 
-    One call of `log` is one row; a metric that is new adds a column. The W&B run's id is its name, so that a resumed
-    run goes on under it.
+    One call of `log` is one row. `rows` go into checkpoints: a resumed run takes them up, and has each row once.
     """
 
-    def __init__(self, args: Any, run_name: str) -> None:
+    def __init__(self, args: Any, run_name: str, rows: Iterable[dict[str, float]] = ()) -> None:
         self.path = pathlib.Path("runs") / run_name / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        self.columns: list[str] = []
-        self.run = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            sys.exit(f"can't create {self.path.parent}: {e.strerror}; run from a folder that you can write to")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.wandb = list(rows), None
         if args.track:
             import wandb
 
             try:
-                self.run = wandb.init(
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
                 sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
-            self.run.define_metric("*", step_metric="global_step")
-
-    def restore(self, num_rows: int) -> None:
-        """Take up the file of a resumed run, cut back to the rows that its checkpoint had counted."""
-        try:
-            with self.path.open(newline="") as file:
-                self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)][:num_rows]
-        except OSError as e:
-            print(f"can't read {self.path}: {e.strerror}; its earlier rows are lost", file=sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a row.
-
-        Raises:
-            SystemExit: a loss that is not finite, after the row that shows it. Log before you save a checkpoint, and
-            the last one is good.
-        """
+        """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
         row = {"global_step": step, **metrics}
         self.rows.append(row)
-        try:
-            if set(row) <= set(self.columns):
-                with self.path.open("a", newline="") as file:
-                    csv.DictWriter(file, self.columns).writerow(row)
-            else:
-                self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-                temporary = self.path.with_name("metrics.csv.tmp")
-                with temporary.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, self.columns)
-                    writer.writeheader()
-                    writer.writerows(self.rows)
-                os.replace(temporary, self.path)
-        except OSError as e:
-            sys.exit(f"can't write {self.path}: {e.strerror}; mend that and --resume from the last checkpoint")
-        if self.run is not None:
-            self.run.log(row)
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=len(self.rows))  # a row that a resumed run writes again is dropped
         if not sys.stderr.isatty():  # a terminal has a progress bar instead
             print(" ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                sys.exit(f"{name} is {value} at step {step}: lower --learning-rate; the last checkpoint is good")
+                sys.exit(f"{name} is {value} at step {step}: lower the learning rate; the last checkpoint is good")
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """torch.save through a temporary file: a run that dies in it keeps its last checkpoint."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
+    """torch.save, so that a run that dies in it keeps its last checkpoint."""
+    with replacing(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full or read-only disk as a RuntimeError
-        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}")
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code.
-
-    Raises:
-        SystemExit: the file can't be read, is damaged, or is no checkpoint.
-    """
+def load_checkpoint(path: str, device: str | torch.device) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror}")
-    except Exception:  # a damaged file can fail anywhere in torch's reader
-        sys.exit(f"{path} is damaged, or no checkpoint of this project: train one, or take an older copy")
-    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
-        sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
-    return state
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged file can fail anywhere in torch's reader
+        sys.exit(f"can't read the checkpoint {path}: {e!r:.120}")
 
 
-def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
-    """The `Args` of a checkpoint; exits if another script wrote it."""
-    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
-        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
-    return Args(**state["args"])
+def saved_args(path: str) -> Any:
+    """The `Args` of a checkpoint: the defaults for the flags that are given beside it."""
+    try:
+        return Args(**load_checkpoint(path, "cpu")["args"])
+    except (KeyError, TypeError):
+        sys.exit(f"{path} was written by another script, or another version of this one")
 
 
 # ------------------------------------------------------------------------------------------------------ environments
@@ -411,7 +364,7 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
     check_dyna_q(args)
     if args.evaluate:
         state = load_checkpoint(args.evaluate, "cpu")
-        env = make_table_env(saved_args(args.evaluate, state))
+        env = make_table_env(saved_args(args.evaluate))
         if isinstance(env.unwrapped, MazeEnv):
             changed = state["global_step"] >= env.unwrapped.change_step
             env.unwrapped.change_step = 0 if changed else math.inf  # the walls stay as the run left them
@@ -421,7 +374,8 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
         print(f"greedy policy: return {returns.mean():.4g} ± {half:.2g}, {lengths.mean():.1f} steps an episode")
         return {"returns": returns, "lengths": lengths}
 
-    run_name = re.sub("[:/]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    keeps = args.log_frequency or args.save_model or args.capture_video
+    run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}") if keeps else ""
     seed_everything(args.seed, args.torch_deterministic)
     rng = random.Random(args.seed)
     uniform = rng.random  # int(uniform() * n) is the fastest way to an integer

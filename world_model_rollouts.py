@@ -31,7 +31,7 @@ import re
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -47,120 +47,64 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem
-    """the name of this experiment (of this file)"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """only deterministic algorithms"""
-    cuda: bool = True
-    """use a GPU if there is one"""
-    track: bool = False
-    """track the run in Weights and Biases"""
-    wandb_project_name: str = "model-based-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
-    capture_video: bool = False
-    """with --evaluate: film an episode into videos/<run_name>"""
-    save_model: bool = False
-    """write runs/<run_name>/agent.pt after every iteration: for --evaluate, --resume and --behavior"""
+    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # only deterministic algorithms
+    cuda: bool = True  # use a GPU if there is one
+    track: bool = False  # track the run in Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
+    capture_video: bool = False  # with --evaluate: film an episode into videos/<run_name>
+    save_model: bool = False  # write runs/<run_name>/agent.pt after every iteration
 
     # Algorithm specific arguments
-    env_id: str = "CartPole-v1"
-    """a gymnasium environment with vector states, and discrete or bounded continuous actions"""
-    model: Literal["deterministic", "ensemble", "gp", "real"] = "ensemble"
-    """networks by squared error, Gaussian networks, a Gaussian process, or no model: PPO on the real environment"""
-    total_timesteps: int = 1000
-    """real steps; evaluations don't count"""
-    iterations: int | None = None
-    """stop after so many iterations; 1: the plain recipe, on one fixed data set"""
-    initial_steps: int = 200
-    """real steps of the first iteration"""
-    steps_per_iteration: int = 200
-    """real steps of each later one"""
-    behavior: str = "random"
-    """what collects the first data: random, expert (hand-written), or PATH of an agent.pt"""
-    data: str | None = None
-    """take the first data from this .npz instead"""
-    save_data: str | None = None
-    """write all data to this .npz"""
-    action_noise: float = 0.0
-    """noise of the real environment: probability of a random action, or standard deviation in units of the bounds"""
-    ensemble_size: int = 5
-    """networks K; 1: a single model"""
-    model_hidden: tuple[int, ...] = (64, 64)
-    """units of the networks' hidden layers"""
-    model_learning_rate: float = 2e-3
-    """learning rate of the networks"""
-    model_batch_size: int = 128
-    """transitions of an update of the networks"""
-    model_epochs: int = 300
-    """most epochs of a fit"""
-    model_patience: int = 20
-    """epochs without a better validation loss before a fit ends"""
-    validation_share: float = 0.2
-    """share of the episodes that is held out from a fit; of a single episode, share of its steps"""
-    gp_points: int = 400
-    """most points of the Gaussian process; a random subset of more"""
-    gp_steps: int = 100
-    """gradient steps on its marginal likelihood"""
-    true_reward: bool = False
-    """imagined steps pay the environment's own reward, not the one that the model has learned"""
-    sample_member: Literal["step", "trajectory"] = "step"
-    """draw a member of the ensemble at each imagined step, or let an imagined episode keep its own"""
-    start_states: Literal["visited", "initial"] = "visited"
-    """where imagined episodes start"""
-    horizon: int = 100
-    """most steps of an imagined episode"""
-    policy_updates: int = 60
-    """most PPO updates in an iteration"""
-    check_frequency: int = 10
-    """PPO updates between checks of the imagined return under each member"""
-    improvement_share: float = 0.7
-    """an iteration ends when fewer of the members see an improvement over the best; 0: it never ends early"""
-    check_patience: int = 2
-    """consecutive checks of which that must be true, after one that saw an improvement; 1 in the paper"""
-    num_envs: int = 500
-    """environments B, imagined ones (or real ones with --model real)"""
-    num_steps: int = 50
-    """steps T between PPO updates"""
-    learning_rate: float = 1e-3
-    """learning rate of PPO"""
-    anneal_lr: bool = False
-    """let it fall to zero over the real steps"""
-    hidden: tuple[int, ...] = (32, 32)
-    """units of the hidden layers of actor and critic"""
-    normalize_states: bool = True
-    """let actor and critic read states in units of their spread in the data (not with --model real)"""
-    reward_scale: float | None = None
-    """factor on rewards for PPO; by default (1 - gamma) / mean |r|, so that values are near 1"""
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """λ of the advantages"""
-    num_minibatches: int = 5
-    """minibatches of an epoch of PPO"""
-    update_epochs: int = 3
-    """epochs of PPO"""
-    clip_coef: float = 0.2
-    """how far the ratio of probabilities may go"""
-    clip_vloss: bool = False
-    """clip the value loss as well"""
-    ent_coef: float = 0.0
-    """weight of the entropy"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """clip gradients at this norm"""
-    eval_episodes: int = 50
-    """episodes of the evaluation after each iteration, with greedy actions"""
-    stop_return: float | None = None
-    """stop once an evaluation reaches this mean return"""
-    resume: str | None = None
-    """continue from this agent.pt, with its flags; --total-timesteps may be raised"""
-    evaluate: str | None = None
-    """evaluate the greedy policy of this agent.pt, and stop"""
+    env_id: str = "CartPole-v1"  # vector states; discrete or bounded continuous actions
+    model: Literal["deterministic", "ensemble", "gp", "real"] = "ensemble"  # real: PPO without a model
+    total_timesteps: int = 1000  # real steps; evaluations don't count
+    iterations: int | None = None  # stop after so many iterations; 1: the plain recipe, on one fixed data set
+    initial_steps: int = 200  # real steps of the first iteration
+    steps_per_iteration: int = 200  # real steps of each later one
+    behavior: str = "random"  # what collects the first data: random, expert (hand-written), or PATH of an agent.pt
+    data: str | None = None  # take the first data from this .npz instead
+    save_data: str | None = None  # write all data to this .npz
+    action_noise: float = 0.0  # of the real environment: probability of a random action, or deviation
+    ensemble_size: int = 5  # networks K; 1: a single model
+    model_hidden: tuple[int, ...] = (64, 64)  # units of the networks' hidden layers
+    model_learning_rate: float = 2e-3  # learning rate of the networks
+    model_batch_size: int = 128  # transitions of an update of the networks
+    model_epochs: int = 300  # most epochs of a fit
+    model_patience: int = 20  # epochs without a better validation loss before a fit ends
+    validation_share: float = 0.2  # share of the episodes that is held out from a fit
+    gp_points: int = 400  # most points of the Gaussian process; a random subset of more
+    gp_steps: int = 100  # gradient steps on its marginal likelihood
+    true_reward: bool = False  # imagined steps pay the environment's own reward, not the one that the model has learned
+    sample_member: Literal["step", "trajectory"] = "step"  # when a member is drawn
+    start_states: Literal["visited", "initial"] = "visited"  # where imagined episodes start
+    horizon: int = 100  # most steps of an imagined episode
+    policy_updates: int = 60  # most PPO updates in an iteration
+    check_frequency: int = 10  # PPO updates between checks of the imagined return under each member
+    improvement_share: float = 0.7  # an iteration ends when fewer members see an improvement; 0: never
+    check_patience: int = 2  # consecutive checks of which that must be true (1 in the paper)
+    num_envs: int = 500  # environments B, imagined ones (or real ones with --model real)
+    num_steps: int = 50  # steps T between PPO updates
+    learning_rate: float = 1e-3  # learning rate of PPO
+    anneal_lr: bool = False  # let it fall to zero over the real steps
+    hidden: tuple[int, ...] = (32, 32)  # units of the hidden layers of actor and critic
+    normalize_states: bool = True  # let actor and critic read states in units of their spread
+    reward_scale: float | None = None  # factor on rewards (default: (1 - gamma) / mean |r|)
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of the advantages
+    num_minibatches: int = 5  # minibatches of an epoch of PPO
+    update_epochs: int = 3  # epochs of PPO
+    clip_coef: float = 0.2  # how far the ratio of probabilities may go
+    clip_vloss: bool = False  # clip the value loss as well
+    ent_coef: float = 0.0  # weight of the entropy
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # clip gradients at this norm
+    eval_episodes: int = 50  # episodes of the evaluation after each iteration, with greedy actions
+    stop_return: float | None = None  # stop once an evaluation reaches this mean return
+    resume: str | None = None  # continue from this agent.pt, with its flags; --total-timesteps may be raised
+    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -182,115 +126,95 @@ def layer_init(layer: nn.Module, std: float = 2**0.5, bias: float = 0.0) -> nn.M
     return layer
 
 
+def new_run(name: str) -> str:
+    """Make the folder runs/<name>__<time> of a new run, with a suffix where that is taken; returns the run's name."""
+    stem = re.sub("[:/]", "-", f"{name}__{int(time.time())}")
+    try:
+        for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(f"runs/{stem}{suffix}")
+                return stem + suffix
+    except OSError as e:
+        sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")
+    sys.exit(f"runs/{stem} exists, and five more like it: wait a second")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, which takes the place of `path` when all went well; exits with a line if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}; what stood there before is whole")
+
+
 class Logger:
     """Metrics to `runs/<run_name>/metrics.csv`, to the terminal and, with `args.track`, to Weights and Biases.
 
-    One call of `log` is one row; a metric that is new adds a column. The W&B run's id is its name, so that a resumed
-    run goes on under it.
+    One call of `log` is one row. `rows` go into checkpoints: a resumed run takes them up, and has each row once.
     """
 
-    def __init__(self, args: Any, run_name: str) -> None:
+    def __init__(self, args: Any, run_name: str, rows: Iterable[dict[str, float]] = ()) -> None:
         self.path = pathlib.Path("runs") / run_name / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        self.columns: list[str] = []
-        self.run = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            sys.exit(f"can't create {self.path.parent}: {e.strerror}; run from a folder that you can write to")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.wandb = list(rows), None
         if args.track:
             import wandb
 
             try:
-                self.run = wandb.init(
+                self.wandb = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
                 sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
-            self.run.define_metric("*", step_metric="global_step")
-
-    def restore(self, num_rows: int) -> None:
-        """Take up the file of a resumed run, cut back to the rows that its checkpoint had counted."""
-        try:
-            with self.path.open(newline="") as file:
-                self.rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)][:num_rows]
-        except OSError as e:
-            print(f"can't read {self.path}: {e.strerror}; its earlier rows are lost", file=sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a row.
-
-        Raises:
-            SystemExit: a loss that is not finite, after the row that shows it. Log before you save a checkpoint, and
-            the last one is good.
-        """
+        """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
         row = {"global_step": step, **metrics}
         self.rows.append(row)
-        try:
-            if set(row) <= set(self.columns):
-                with self.path.open("a", newline="") as file:
-                    csv.DictWriter(file, self.columns).writerow(row)
-            else:
-                self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-                temporary = self.path.with_name("metrics.csv.tmp")
-                with temporary.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, self.columns)
-                    writer.writeheader()
-                    writer.writerows(self.rows)
-                os.replace(temporary, self.path)
-        except OSError as e:
-            sys.exit(f"can't write {self.path}: {e.strerror}; mend that and --resume from the last checkpoint")
-        if self.run is not None:
-            self.run.log(row)
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=len(self.rows))  # a row that a resumed run writes again is dropped
         if not sys.stderr.isatty():  # a terminal has a progress bar instead
             print(" ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
         for name, value in metrics.items():
             if name.startswith("losses/") and not math.isfinite(value):
-                sys.exit(f"{name} is {value} at step {step}: lower --learning-rate; the last checkpoint is good")
+                sys.exit(f"{name} is {value} at step {step}: lower the learning rate; the last checkpoint is good")
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """torch.save through a temporary file: a run that dies in it keeps its last checkpoint."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
+    """torch.save, so that a run that dies in it keeps its last checkpoint."""
+    with replacing(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full or read-only disk as a RuntimeError
-        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}")
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code.
-
-    Raises:
-        SystemExit: the file can't be read, is damaged, or is no checkpoint.
-    """
+def load_checkpoint(path: str, device: str | torch.device) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror}")
-    except Exception:  # a damaged file can fail anywhere in torch's reader
-        sys.exit(f"{path} is damaged, or no checkpoint of this project: train one, or take an older copy")
-    if not isinstance(state, dict) or not isinstance(state.get("args"), dict):
-        sys.exit(f"{path} is no checkpoint of this project: it holds no `args`")
-    return state
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged file can fail anywhere in torch's reader
+        sys.exit(f"can't read the checkpoint {path}: {e!r:.120}")
 
 
-def saved_args(path: str | os.PathLike, state: dict[str, Any]) -> Any:
-    """The `Args` of a checkpoint; exits if another script wrote it."""
-    if unknown := set(state["args"]) ^ {field.name for field in fields(Args)}:
-        names = ", ".join(sorted(unknown)[:4]) + ", …" * (len(unknown) > 4)
-        sys.exit(f"{path} is of another script or version of it (its flags differ: {names}): give it to its own")
-    return Args(**state["args"])
+def saved_args(path: str) -> Any:
+    """The `Args` of a checkpoint: the defaults for the flags that are given beside it."""
+    try:
+        return Args(**load_checkpoint(path, "cpu")["args"])
+    except (KeyError, TypeError):
+        sys.exit(f"{path} was written by another script, or another version of this one")
 
 
-def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> Any:
+def resumed_args(args: Any, path: str) -> Any:
     """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
     free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
     beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
@@ -300,7 +224,7 @@ def resumed_args(args: Any, path: str | os.PathLike, state: dict[str, Any]) -> A
     if wrong := given - beside:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
         sys.exit(f"{flags}: {path} brings its own flags, leave these out")
-    return replace(saved_args(path, state), **{name: getattr(args, name) for name in free | given})
+    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
 
 
 def keep_freed_memory() -> None:
@@ -926,9 +850,9 @@ def main(args: Args) -> list[dict[str, Any]]:
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state is not None:
-        args = resumed_args(args, path, state)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_name = state["run_name"] if state else re.sub("[:/]", "-", name)
+        args = resumed_args(args, path)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+    run_name = state["run_name"] if state else new_run(name)
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
     real, seed = args.model == "real", 100_000 * args.seed
@@ -944,11 +868,11 @@ def main(args: Args) -> list[dict[str, Any]]:
     env_model.true_reward = TRUE_REWARDS[args.env_id] if args.true_reward else None
     K, modules = env_model.K, {"agent": agent, "env_model": env_model, "optimizer": optimizer}
     data: dict[str, Tensor] = {}
-    global_step, iteration, num_rows, imagined_steps, minutes = 0, 0, 0, 0, 0.0
+    global_step, iteration, imagined_steps, minutes = 0, 0, 0, 0.0
     if state is not None:
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        global_step, iteration, num_rows = state["global_step"], state["iteration"], state["num_rows"]
+        global_step, iteration = state["global_step"], state["iteration"]
         imagined_steps, minutes, data = state["imagined_steps"], state["minutes"], state["data"]
         rng.set_state(state["rng"].cpu())
 
@@ -982,9 +906,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             return F.one_hot(a, A).float() if envs.discrete else a.float().reshape(1, A).clamp(-1, 1)
         return teacher.act(s, rng)
 
-    logger = Logger(args, run_name)
-    if state is not None:
-        logger.restore(num_rows)
+    logger = Logger(args, run_name, state["rows"] if state else ())
     num_rows = len(logger.rows)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" real steps", disable=not sys.stderr.isatty())
     while global_step < args.total_timesteps and iteration < (args.iterations or math.inf):
@@ -1085,7 +1007,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         if args.save_model:
             state = {name: module.state_dict() for name, module in modules.items()}
             state |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "iteration": iteration}
-            state |= {"num_rows": len(logger.rows), "imagined_steps": imagined_steps, "minutes": minutes}
+            state |= {"rows": logger.rows, "imagined_steps": imagined_steps, "minutes": minutes}
             save_checkpoint(logger.path.with_name("agent.pt"), state | {"data": data, "rng": rng.get_state()})
         if args.stop_return is not None and metrics["eval/return"] >= args.stop_return:
             break

@@ -1,296 +1,314 @@
-"""What trained agents can do beside their task: other numbers of boxes, Monte-Carlo search; how far from a win they
-find it, what they live on; pictures; and chance.
+"""What trained I2A agents can do beside their task. A sub-command each, and its table under benchmark/results:
 
-python benchmark/i2a_evaluate.py boxes agent.pt other_agent.pt
-python benchmark/i2a_evaluate.py search agent.pt --env-models own perfect other --model-paths poor_agent.pt
-python benchmark/i2a_evaluate.py lesions agent.pt
-python benchmark/i2a_evaluate.py near agent.pt other_agent.pt
-python benchmark/i2a_evaluate.py picture agent.pt --output docs/i2a_imagined.png
-python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7.pt --output docs/i2a_film.gif
+    python benchmark/i2a_evaluate.py levels runs/NAME/agent.pt --levels boxoban-levels/unfiltered/valid --plays 5
+    python benchmark/i2a_evaluate.py random
+    python benchmark/i2a_evaluate.py boxes runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py search runs/NAME/agent.pt --env-models own perfect
+    python benchmark/i2a_evaluate.py lesions runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py near runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py film runs/NAME/agent.pt
+
+Shares solved have their 95 % interval (Wilson's) beside them.
 """
 
 import functools
 import itertools
-import json
-import os
 import pathlib
 import sys
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import matplotlib
-import numpy as np
 import torch
 import tyro
+from common import ROOT, wilson, write_rows
 from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
+from torch import Tensor, nn
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from i2a_model import write_rows
+sys.path.insert(0, str(ROOT))
+from i2a_model import CPU, load_agent, play_solutions, task_settings
 
 import i2a
-from sokoban_env import SokobanVectorEnv, convert_observation
+from sokoban_env import convert_observation, generate_levels
 
-CPU = torch.device("cpu")
 ACTIONS = ("no-op", "up", "down", "left", "right")
+TELLING = ("view", "imagination_depth", "model_width", "reward_prediction", "rollout_policy", "gae_lambda", "bf16")
+Paths = Annotated[tuple[str, ...], tyro.conf.Positional]
+Row = dict[str, object]
 
 
-def load(path: str, **changes: object) -> tuple[i2a.Args, torch.nn.ModuleDict]:
-    """The flags of an agent's file, with changes, and its networks."""
-    state = i2a.load_checkpoint(path, CPU)
-    args = replace(i2a.Args(**state["args"]), **changes)
+def about(path: str, args: i2a.Args) -> Row:
+    """What tells an agent apart in the tables, and how long it was trained."""
+    variant = args.env_model if args.agent == "i2a" and args.env_model != "learned" else args.agent
+    for name in TELLING:
+        if getattr(args, name) != getattr(i2a.Args(), name):
+            variant += f" {name}={getattr(args, name)}"
+    frames = i2a.load_checkpoint(path, CPU)["global_step"]
+    return {
+        "task": f"{args.size}x{args.size}-{args.num_boxes}",
+        "variant": variant,
+        "seed": args.seed,
+        "frames": frames,
+    }
+
+
+def share(solved: float, number: int) -> Row:
+    """A share of levels with its interval, as columns."""
+    low, high = wilson(solved, number)
+    return {"levels": number, "eval/solved": solved, "eval/solved_low": low, "eval/solved_high": high}
+
+
+def evaluated(args: i2a.Args, networks: nn.ModuleDict, levels: Tensor) -> Row:
+    metrics, _ = i2a.evaluate(args, networks, levels, CPU)
+    return share(metrics["eval/solved"], len(levels)) | metrics
+
+
+def shown(row: Row) -> Row:
+    print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return row
+
+
+def random_player(args: i2a.Args) -> tuple[i2a.Args, nn.ModuleDict]:
+    """An agent that takes every action alike."""
+    args = replace(args, agent="model-free")
     networks = i2a.make_networks(args, CPU)
-    i2a.load_networks(networks, state, path)
+    nn.init.zeros_(networks["agent"].actor.weight)
     return args, networks
 
 
 @dataclass
+class Levels:
+    """Agents on the levels of Boxoban files: sampled actions, more than once if asked, and greedy ones."""
+
+    paths: Paths  # agent.pt or checkpoint.pt of each agent
+    levels: str  # a Boxoban file or folder
+    most_levels: int = 1000  # the first so many are played
+    plays: int = 1  # sampled plays of each level until it is solved
+    max_episode_steps: int | None = None  # steps of a play; None: the agent's own
+
+
+@torch.no_grad()
+def solves(args: i2a.Args, networks: nn.ModuleDict, levels: Tensor, seed: int) -> Tensor:
+    """Which levels (L,) one play of each solves."""
+    rng, parts = torch.Generator().manual_seed(seed), []
+    for part in levels.split(1024):
+        envs = i2a.make_envs(args, len(part), part, CPU)
+        observation, _ = envs.reset(seed=seed, options={"levels": part})
+        solved, playing = (torch.full((len(part),), value) for value in (False, True))
+        while playing.any():
+            frames = i2a.as_frames(observation, args.frame_stack)
+            logits, _ = networks["agent"](
+                frames, i2a.imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
+            )
+            action = logits.argmax(-1) if args.greedy else i2a.sample(logits, rng)
+            observation, _, terminated, truncated, _ = envs.step(action)
+            solved |= playing & terminated
+            playing &= ~(terminated | truncated)
+        parts.append(solved)
+    return torch.cat(parts)
+
+
+def levels_command(flags: Levels) -> None:
+    rows = []
+    for path in flags.paths:
+        args, networks = load_agent(path)
+        args = replace(args, max_episode_steps=flags.max_episode_steps or args.max_episode_steps)
+        boards = i2a.read_levels(flags.levels, args.size)[: flags.most_levels]
+        who = about(path, args) | {"file": flags.levels, "steps": args.max_episode_steps}
+        greedy = solves(replace(args, greedy=True), networks, boards, seed=1).float().mean().item()
+        rows.append(shown(who | {"actions": "greedy", "plays": 1} | share(greedy, len(boards))))
+        solved = torch.zeros(len(boards), dtype=torch.bool)
+        for play in range(1, flags.plays + 1):
+            left = (~solved).nonzero()[:, 0]
+            if len(left):
+                solved[left] = solves(replace(args, greedy=False), networks, boards[left], seed=play)
+            row = who | {"actions": "sampled", "plays": play}
+            rows.append(shown(row | share(solved.float().mean().item(), len(boards))))
+    write_rows(rows, "i2a_levels.csv")
+
+
+@dataclass
 class Random:
-    """What random play solves, or how hard tasks are: benchmark/results/i2a_random.csv."""
+    """What random play solves, or how hard tasks are."""
 
-    tasks: tuple[str, ...] = ("7x7-1", "7x7-2", "8x8-2", "10x10-4")
-    """sizes and numbers of boxes"""
-    max_episode_steps: int = 60
-    """steps of an episode"""
-    episodes: int = 5000
-    """held-out levels of each"""
+    tasks: tuple[str, ...] = ("7x7-1", "7x7-2", "8x8-2", "10x10-4")  # sizes and numbers of boxes
+    max_episode_steps: int = 60  # steps of an episode
+    episodes: int = 5000  # held-out levels of each
 
 
-def random_play(flags: Random) -> None:
+def random_command(flags: Random) -> None:
     rows = []
     for task in flags.tasks:
-        settings = {"size": int(task.split("x")[0]), "num_boxes": int(task.split("-")[1])}
-        settings |= {"max_episode_steps": flags.max_episode_steps, "eval_episodes": flags.episodes}
-        args = i2a.Args(agent="model-free", **settings)
-        networks = i2a.make_networks(args, CPU)
-        torch.nn.init.zeros_(networks["agent"].actor.weight)
-        rows.append(settings | i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)[0])
-        print(json.dumps(rows[-1]), flush=True)
+        settings = task_settings(task) | {"max_episode_steps": flags.max_episode_steps, "eval_episodes": flags.episodes}
+        args, networks = random_player(i2a.Args(**settings))
+        settings.pop("eval_episodes")
+        rows.append(shown(settings | evaluated(args, networks, i2a.held_out_levels(args))))
     write_rows(rows, "i2a_random.csv")
-
-
-def variant_of(args: i2a.Args) -> dict[str, object]:
-    """What tells an agent apart in the tables."""
-    variant = args.agent if args.agent == "model-free" or args.env_model == "learned" else args.env_model
-    for differs, name in (
-        (args.agent == "i2a" and args.imagination_depth != 3, f"depth-{args.imagination_depth}"),
-        (args.agent == "i2a" and args.model_width != 16, f"width-{args.model_width}"),
-        (args.agent == "i2a" and not args.reward_prediction, "no-reward"),
-        (args.width_multiplier != 1, f"width x {args.width_multiplier:g}"),
-        (args.bf16, "bf16"),
-        (args.gae_lambda == 1, "nstep"),
-    ):
-        variant += f" {name}" if differs else ""
-    task = f"{args.size}x{args.size}-{args.num_boxes}"
-    return {"task": task, "variant": variant, "seed": args.seed}
-
-
-def frames_of(path: str) -> dict[str, object]:
-    """How long an agent was trained."""
-    return {"frames": i2a.load_checkpoint(path, CPU)["global_step"]}
 
 
 @dataclass
 class Lesions:
-    """What is left of trained agents without one of their parts: benchmark/results/i2a_lesions.csv."""
+    """What is left of trained I2A agents without one of their parts."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """agent.pt or checkpoint.pt of each i2a agent"""
-    episodes: int = 1000
-    """held-out levels"""
+    paths: Paths  # agent.pt or checkpoint.pt of each I2A
+    episodes: int = 1000  # held-out levels
 
 
-def silence(module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
-    """Let the module's output be nothing: negative before a ReLU is 0 after it."""
-    return module.register_forward_hook(lambda _module, _inputs, output: torch.full_like(output, -1.0))
-
-
-def lesions(flags: Lesions) -> None:
-    rows: list[dict[str, object]] = []
-    for path in flags.paths:
-        if "rollout_policy" not in load(path)[1]:
-            sys.exit(f"{path} is no i2a agent with a rollout policy: nothing to take out")
-    for path in flags.paths:
-        rows += lesions_of(path, flags.episodes)
-    write_rows(rows, "i2a_lesions.csv")
-
-
-def lesions_of(path: str, episodes: int) -> list[dict[str, object]]:
-    args, networks = load(path, eval_episodes=episodes)
+def lesions_of(path: str, episodes: int) -> list[Row]:
+    args, networks = load_agent(path, eval_episodes=episodes)
     agent, env_model, rollout_policy = networks["agent"], networks["env_model"], networks["rollout_policy"]
-    who = variant_of(args) | frames_of(path)
-    rows = []
+    who, boards, rows = about(path, args), i2a.held_out_levels(args), []
 
     def measure(name: str, **changes: object) -> None:
-        metrics, _ = i2a.evaluate(replace(args, **changes), networks, i2a.held_out_levels(args), CPU)
-        rows.append(who | {"lesion": name, "levels": episodes} | metrics)
-        print(f"{path}, {name}: {metrics['eval/solved']:.3f}", flush=True)
+        rows.append(shown(who | {"lesion": name} | evaluated(replace(args, **changes), networks, boards)))
 
     measure("none")
-    for depth in (1, 2, 5):
-        measure(f"imagines {depth} steps, not {args.imagination_depth}", imagination_depth=depth)
-    measure("no imagined rewards", reward_prediction=False)
-    networks["env_model"] = i2a.CopyModel(args.observation, args.frame_stack, args.model_width)
+    for depth in (1, 2, 5, 8):
+        if depth != args.imagination_depth:
+            measure(f"imagines {depth} steps, not {args.imagination_depth}", imagination_depth=depth)
+    agent.encoder.reads_rewards = False
+    measure("no imagined rewards and ends")
+    agent.encoder.reads_rewards = args.reward_prediction
+    networks["env_model"] = i2a.CopyModel(args)
     measure("imagines that nothing moves or pays")
     networks["env_model"] = env_model
-    networks["rollout_policy"] = torch.nn.Sequential(rollout_policy, torch.nn.Threshold(torch.inf, 0.0))  # logits 0
+    networks["rollout_policy"] = i2a.RandomPolicy()
     measure("rollouts act at random")
     networks["rollout_policy"] = rollout_policy
-    handle = silence(agent.dense)
+    # Negative before a ReLU is 0 after it
+    hook = agent.features.dense.register_forward_hook(lambda _module, _inputs, x: torch.full_like(x, -1.0))
     measure("no model-free path")
-    handle.remove()
-    agent.encoder.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+    hook.remove()
+    agent.encoder.register_forward_hook(lambda _module, _inputs, x: torch.zeros_like(x))
     measure("no embeddings")
     return rows
 
 
+def lesions_command(flags: Lesions) -> None:
+    for path in flags.paths:
+        if i2a.saved_args(path).agent != "i2a":
+            sys.exit(f"{path} is a model-free agent: nothing to take out")
+    write_rows([row for path in flags.paths for row in lesions_of(path, flags.episodes)], "i2a_lesions.csv")
+
+
 @dataclass
 class Boxes:
-    """Levels with 1 to `most` boxes: the paper's generalisation table, benchmark/results/i2a_boxes.csv."""
+    """Levels with 1 to `most` boxes: the paper's generalisation table."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """agent.pt or checkpoint.pt of each agent"""
-    most: int = 7
-    """most boxes (no more than the generator makes at this size)"""
-    episodes: int = 500
-    """levels of each"""
+    paths: Paths  # agent.pt or checkpoint.pt of each agent
+    most: int = 7  # most boxes (no more than the generator makes at this size)
+    episodes: int = 500  # levels of each
 
 
-def boxes(flags: Boxes) -> None:
+def boxes_command(flags: Boxes) -> None:
     rows = []
     for path in flags.paths:
-        args, networks = load(path, eval_episodes=flags.episodes)
+        args, networks = load_agent(path, eval_episodes=flags.episodes)
+        who = about(path, args)
         for num_boxes in range(1, min(flags.most, args.size // 2) + 1):
-            levels = i2a.held_out_levels(replace(args, num_boxes=num_boxes))
-            metrics, _ = i2a.evaluate(args, networks, levels, CPU)
-            rows.append(variant_of(args) | frames_of(path) | {"boxes": num_boxes, "levels": flags.episodes} | metrics)
-            print(json.dumps(rows[-1]), flush=True)
+            boards = i2a.held_out_levels(replace(args, num_boxes=num_boxes))
+            rows.append(shown(who | {"boxes": num_boxes} | evaluated(args, networks, boards)))
     write_rows(rows, "i2a_boxes.csv")
 
 
 @dataclass
 class Near:
     """How far from a win agents find it: boards k moves before the end of a held-out level's generated solution (so at
-    most k moves from the win), with 2 k steps to play. With chance beside them: benchmark/results/i2a_near.csv."""
+    most k moves from the win), with 2 k steps to play. With chance beside them."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """agent.pt or checkpoint.pt of each agent"""
-    moves: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12)
-    """k"""
-    episodes: int = 1000
-    """held-out levels; those whose solution is shorter than the largest k are left out"""
+    paths: Paths  # agent.pt or checkpoint.pt of each agent
+    moves: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # k
+    episodes: int = 1000  # held-out levels; those whose solution is shorter than the largest k are left out
 
 
-def near(flags: Near) -> None:
+def near_command(flags: Near) -> None:
+    players, tasks = [], {}
+    for path in flags.paths:
+        args, networks = load_agent(path)
+        players.append((about(path, args), args, networks))
+        tasks[args.size, args.num_boxes] = args
+    for args in tasks.values():
+        who = {"task": f"{args.size}x{args.size}-{args.num_boxes}", "variant": "random", "seed": "", "frames": 0}
+        players.append((who, *random_player(args)))
     rows = []
-
-    def measure(args: i2a.Args, networks: torch.nn.ModuleDict, who: dict[str, object]) -> None:
-        settings = {"size": args.size, "num_boxes": args.num_boxes, "seed": i2a.EVAL_SEED}
-        levels, solutions = i2a.generate_levels(flags.episodes, **settings)
-        boards, _ = i2a.play_solutions(levels, solutions)
+    for who, args, networks in players:
+        settings = {"size": args.size, "num_boxes": args.num_boxes}
+        levels, solutions = generate_levels(flags.episodes, **settings, seed=i2a.EVAL_SEED)
+        boards, _ = play_solutions(levels, solutions)
         long = [i for i, solution in enumerate(solutions) if len(solution) >= max(flags.moves)]
         for k in flags.moves:
             starts = torch.stack([boards[len(solutions[i]) - k, i] for i in long])
-            metrics, _ = i2a.evaluate(replace(args, max_episode_steps=2 * k), networks, starts, CPU)
-            rows.append(who | {"moves": k, "levels": len(long)} | metrics)
-        shares = " ".join(f"{row['moves']}:{row['eval/solved']:.3f}" for row in rows[-len(flags.moves) :])
-        print(who, shares, flush=True)
-
-    tasks = {}
-    for path in flags.paths:
-        args, networks = load(path)
-        measure(args, networks, variant_of(args) | frames_of(path))
-        tasks[args.size, args.num_boxes] = replace(args, agent="model-free")
-    for args in tasks.values():
-        networks = i2a.make_networks(args, CPU)
-        torch.nn.init.zeros_(networks["agent"].actor.weight)
-        measure(args, networks, variant_of(args) | {"variant": "random", "seed": "", "frames": 0})
+            result = evaluated(replace(args, max_episode_steps=2 * k), networks, starts)
+            rows.append(shown(who | {"moves": k} | result))
     write_rows(rows, "i2a_near.csv")
 
 
 @dataclass
 class Search:
     """The paper's Monte-Carlo search: roll out each action with π̂ in a model, and take the best mean of discounted
-    rewards and the agent's value of the last frame (for which it imagines once more, in its own model):
-    benchmark/results/i2a_search.csv, with each agent's own play beside it."""
+    rewards and the agent's value of the last frame (for which it imagines once more, in its own model). With each
+    agent's own play beside it."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """agent.pt or checkpoint.pt of each I2A"""
-    env_models: tuple[Literal["own", "perfect", "copy", "other"], ...] = ("own", "perfect")
-    """own: the agent's; perfect: the simulator; other: that of --model-paths"""
-    model_paths: tuple[str, ...] = ()
-    """for each agent, the agent.pt or checkpoint.pt of another I2A in whose model to search, for instance a poor one"""
-    rollouts: int = 10
-    """rollouts of each action"""
-    depth: int = 5
-    """steps of each"""
-    episodes: int = 100
-    """held-out levels"""
+    paths: Paths  # agent.pt or checkpoint.pt of each I2A
+    env_models: tuple[Literal["own", "perfect", "copy", "other"], ...] = ("own", "perfect")  # other: of --model-paths
+    model_paths: tuple[str, ...] = ()  # for each agent, the file of the I2A in whose model to search
+    rollouts: int = 10  # rollouts of each action
+    depth: int = 5  # steps of each
+    episodes: int = 100  # held-out levels
 
 
-@torch.no_grad()
-def search_with(path: str, env_model: str, other: str | None, flags: Search) -> dict[str, object]:
-    """A row of the table: the agent of `path`, searching in `env_model`; `other` is the file of an other one."""
-    args, networks = load(path, eval_episodes=flags.episodes)
-    agent, rollout_policy = networks["agent"], getattr(networks, "rollout_policy", None)
-    model = networks["env_model"]
-    if env_model == "other":
-        model = load(other)[1]["env_model"]
-    elif env_model != "own":
-        kind = args.observation
-        model = i2a.PerfectModel(kind, args.size) if env_model == "perfect" else i2a.CopyModel(kind, 1, 1)
-    rng = torch.Generator().manual_seed(args.seed)
-    dream = i2a.imagination(args, networks, rng)
-    discounts = args.gamma ** torch.arange(flags.depth)[:, None, None, None]
-    imagined_steps = 0
+class Planner(nn.Module):
+    """An agent that searches in `env_model`."""
 
-    def plan(frames: torch.Tensor) -> torch.Tensor:
+    def __init__(self, args: i2a.Args, networks: nn.ModuleDict, env_model: nn.Module, flags: Search) -> None:
+        super().__init__()
+        self.args, self.networks, self.flags = args, networks, flags
+        self.searched = {"env_model": env_model, "rollout_policy": networks["rollout_policy"]}
+        self.rng = torch.Generator().manual_seed(args.seed)
+        self.imagined_steps = 0
+
+    def plan(self, frames: Tensor) -> Tensor:
         """The best action (B,) of frames (B, F, H, W)."""
-        nonlocal imagined_steps
-        many = frames.repeat_interleave(flags.rollouts, 0)  # (B * N, F, H, W)
-        noise = torch.empty(flags.depth, len(many) * i2a.A, i2a.A).exponential_(generator=rng)
-        imagined, rewards, alive = i2a.imagine(model, rollout_policy, many, noise)
-        imagined_steps += flags.depth * len(many) * i2a.A
-        history = [many.repeat_interleave(i2a.A, 0), *imagined[:, :, None]]
-        last = torch.cat(history, 1)[:, -args.frame_stack :]
-        values = agent(last, dream(last))[1]
-        imagined_steps += len(last) * i2a.A * args.imagination_depth
-        shape = (len(frames), flags.rollouts, i2a.A)
-        returns = (discounts * (rewards * args.reward_scale).view(-1, *shape)).sum(0)
-        alive_at_end = alive[-1].view(shape) * (rewards[-1].view(shape) < 10)
-        return (returns + args.gamma**flags.depth * alive_at_end * values.view(shape)).mean(1).argmax(1)
+        args, depth = self.args, self.flags.depth
+        many = frames.repeat_interleave(self.flags.rollouts, 0)  # (B * N, F, H, W)
+        imagined, rewards, alive = i2a.imagine(self.searched, many, depth, self.rng)
+        last = torch.cat([many.repeat_interleave(i2a.A, 0), imagined.flatten(0, 1)], 1)[:, -args.frame_stack :]
+        values = self.networks["agent"](last, i2a.imagine(self.networks, last, args.imagination_depth, self.rng))[1]
+        self.imagined_steps += len(last) * (depth + i2a.A * args.imagination_depth)
+        discounts = args.gamma ** torch.arange(depth)
+        alive_at_end = alive[..., -1] * (rewards[..., -1] < 10)  # (B * N, A)
+        returns = (discounts * rewards * args.reward_scale).sum(-1)
+        returns = returns + args.gamma**depth * alive_at_end * values.view(-1, i2a.A)
+        return returns.unflatten(0, (len(frames), -1)).mean(1).argmax(1)
 
-    class Planner(torch.nn.Module):
-        def forward(self, frames: torch.Tensor, _: object) -> tuple[torch.Tensor, torch.Tensor]:
-            best = torch.cat([plan(part) for part in frames.split(64)])
-            return 1e6 * torch.nn.functional.one_hot(best, i2a.A).float(), torch.zeros(len(best))
-
-    searching = torch.nn.ModuleDict({"agent": Planner()})
-    metrics, _ = i2a.evaluate(replace(args, agent="model-free"), searching, i2a.held_out_levels(args), CPU)
-    solved = max(1, round(metrics["eval/solved"] * flags.episodes))
-    settings = {"search_model": env_model, "rollouts": flags.rollouts, "depth": flags.depth, "levels": flags.episodes}
-    return (
-        variant_of(args) | frames_of(path) | settings | {"imagined_steps_per_solved": imagined_steps / solved} | metrics
-    )
+    def forward(self, frames: Tensor, _: object) -> tuple[Tensor, Tensor]:
+        best = torch.cat([self.plan(part) for part in frames.split(64)])
+        return 1e6 * nn.functional.one_hot(best, i2a.A).float(), torch.zeros(len(best))
 
 
-def search(flags: Search) -> None:
+def search_command(flags: Search) -> None:
     if len(flags.model_paths) != len(flags.paths) * ("other" in flags.env_models):
-        sys.exit(
-            "--env-models other goes with --model-paths: for each agent, the file of the I2A in whose model to search"
-        )
+        sys.exit("--env-models other goes with --model-paths: for each agent, the I2A in whose model to search")
     rows = []
     for path, other in itertools.zip_longest(flags.paths, flags.model_paths):  # equally many, or none of the latter
-        args, networks = load(path, eval_episodes=flags.episodes)
-        metrics, _ = i2a.evaluate(args, networks, i2a.held_out_levels(args), CPU)
-        settings = {"search_model": "none: the agent itself", "rollouts": 0, "depth": 0, "levels": flags.episodes}
-        row = variant_of(args) | frames_of(path) | settings
-        rows.append(row | {"imagined_steps_per_solved": metrics.pop("eval/imagined_steps_per_solved", "")} | metrics)
-        rows += [search_with(path, env_model, other, flags) for env_model in flags.env_models]
-        for row in rows[-1 - len(flags.env_models) :]:
-            print(json.dumps(row), flush=True)
+        args, networks = load_agent(path, eval_episodes=flags.episodes)
+        who, boards = about(path, args), i2a.held_out_levels(args)
+        row = {"search_model": "none: the agent itself", "rollouts": 0, "depth": 0}
+        rows.append(shown(who | row | evaluated(args, networks, boards)))
+        models = {"own": networks["env_model"], "perfect": i2a.PerfectModel(args), "copy": i2a.CopyModel(args)}
+        if other:
+            models["other"] = load_agent(other)[1]["env_model"]
+        for name in flags.env_models:
+            planner = Planner(args, networks, models[name], flags)
+            result = evaluated(replace(args, agent="model-free"), nn.ModuleDict({"agent": planner}), boards)
+            solved = max(1, round(result["eval/solved"] * len(boards)))
+            result["eval/imagined_steps_per_solved"] = planner.imagined_steps / solved
+            row = {"search_model": name, "rollouts": flags.rollouts, "depth": flags.depth}
+            rows.append(shown(who | row | result))
     write_rows(rows, "i2a_search.csv")
 
 
@@ -298,42 +316,36 @@ def search(flags: Search) -> None:
 class Picture:
     """What the agent imagined beside what then happened: a row an action, a column a step, errors framed in red."""
 
-    path: Annotated[str, tyro.conf.Positional]
-    """agent.pt or checkpoint.pt of an I2A"""
-    output: pathlib.Path = pathlib.Path("docs/i2a_imagined.png")
-    """the picture's file"""
-    seed: int = 1
-    """of the level and of the steps"""
-    depth: int = 5
-    """imagined steps"""
+    path: Annotated[str, tyro.conf.Positional]  # agent.pt or checkpoint.pt of an I2A
+    output: pathlib.Path = pathlib.Path("docs/i2a_imagined.png")  # the picture's file
+    seed: int = 1  # of the level and of the steps
+    depth: int = 5  # imagined steps
 
 
-@torch.no_grad()
-def picture(flags: Picture) -> None:
-    args, networks = load(flags.path)
-    rng = torch.Generator().manual_seed(flags.seed)
-    envs = SokobanVectorEnv(1, size=args.size, num_boxes=args.num_boxes, observation=args.observation)
-    frames = envs.reset(seed=flags.seed)[0][:, None].repeat_interleave(args.frame_stack, 1)
-    noise = torch.empty(flags.depth, i2a.A, i2a.A).exponential_(generator=rng)
-    rollout_policy = getattr(networks, "rollout_policy", None)
-    models = (networks["env_model"], i2a.PerfectModel(args.observation, args.size))
-    (ours, rewards, _), (true, true_rewards, alive) = (i2a.imagine(m, rollout_policy, frames, noise) for m in models)
+def picture_command(flags: Picture) -> None:
+    args, networks = load_agent(flags.path)
+    observation, _ = i2a.make_envs(args, 1, None, CPU).reset(seed=flags.seed)
+    frames, both = i2a.as_frames(observation, args.frame_stack), []
+    for model in (networks["env_model"], i2a.PerfectModel(args)):
+        models = {"env_model": model, "rollout_policy": networks["rollout_policy"]}
+        both.append(i2a.imagine(models, frames, flags.depth, torch.Generator().manual_seed(flags.seed)))
+    (ours, rewards, _), (true, true_rewards, alive) = ([x[0] for x in rollouts] for rollouts in both)  # (A, D, ...)
     figure, axes = plt.subplots(2 * i2a.A, flags.depth + 1, figsize=(1.3 * flags.depth + 1.5, 2.6 * i2a.A))
     for a in range(i2a.A):
         for row, (boards, paid) in enumerate(((ours, rewards), (true, true_rewards))):
-            pictures = [frames[0, -1], *boards[:, a]]
+            pictures = [frames[0, -1], *boards[a]]
             for d, axis in enumerate(axes[2 * a + row]):
                 axis.imshow(convert_observation(pictures[d], args.observation, "rgb").numpy())
                 axis.set(xticks=[], yticks=[])
                 if d:
-                    axis.set_title(f"{float(paid[d - 1, a]):+.1f}" if alive[d - 1, a] else "over", fontsize=7)
-                wrong = d > 0 and bool(alive[d - 1, a]) and not torch.equal(ours[d - 1, a], true[d - 1, a])
+                    axis.set_title(f"{float(paid[a, d - 1]):+.1f}" if alive[a, d - 1] else "over", fontsize=7)
+                wrong = d > 0 and bool(alive[a, d - 1]) and not torch.equal(ours[a, d - 1], true[a, d - 1])
                 plt.setp(axis.spines.values(), color="red" if wrong else "black", linewidth=3 if wrong else 0.5)
             axes[2 * a + row, 0].set_ylabel(f"{ACTIONS[a]}\n{'imagined' if row == 0 else 'happened'}", fontsize=8)
     figure.tight_layout(pad=0.3)
     figure.savefig(flags.output, dpi=90)
-    exact = np.mean([torch.equal(x, y) for x, y in zip(ours, true, strict=True)])
-    print(f"{flags.output}: {exact:.2f} of the steps are exact in every rollout")
+    right = (ours == true).flatten(2).all(2) | (alive == 0)
+    print(f"wrote {flags.output}: {right.float().mean():.2f} of the imagined boards are exact")
 
 
 @dataclass
@@ -343,37 +355,31 @@ class Film:
     The level is the first held-out one that it solves in `fewest` to `most` steps.
     """
 
-    path: Annotated[str, tyro.conf.Positional]
-    """agent.pt or checkpoint.pt of an I2A"""
-    output: pathlib.Path = pathlib.Path("docs/i2a_film.gif")
-    """the film's file"""
-    seed: int = 1
-    """of the agent's actions and of those that it imagines"""
-    fewest: int = 8
-    """steps that the solution takes at least"""
-    most: int = 16
-    """and at most"""
+    path: Annotated[str, tyro.conf.Positional]  # agent.pt or checkpoint.pt of an I2A
+    output: pathlib.Path = pathlib.Path("docs/i2a_film.gif")  # the film's file
+    seed: int = 1  # of the agent's actions and of those that it imagines
+    fewest: int = 8  # steps that the solution takes at least
+    most: int = 16  # and at most
 
 
 @torch.no_grad()
-def play_level(args: i2a.Args, networks: torch.nn.ModuleDict, level: torch.Tensor, seed: int) -> list[dict]:
+def play_level(args: i2a.Args, networks: nn.ModuleDict, level: Tensor, seed: int) -> list[dict]:
     """A scene for each step: the board, what was imagined from it, the policy, the action; empty if it isn't solved."""
     rng = torch.Generator().manual_seed(seed)
-    dream = i2a.imagination(args, networks, rng)
-    settings = {"observation": args.observation, "frame_stack": args.frame_stack}
-    envs = SokobanVectorEnv(1, size=args.size, levels=level[None], max_episode_steps=args.max_episode_steps, **settings)
+    envs = i2a.make_envs(args, 1, level[None], CPU)
     observation, _ = envs.reset(options={"levels": level[None]})
     scenes = []
     for step in range(1, args.max_episode_steps + 1):
-        frames = observation if args.frame_stack > 1 else observation[:, None]
-        imagined, rewards, alive = dream(frames)
-        logits, _ = networks["agent"](frames, (imagined, rewards, alive))
-        action = i2a.sample(logits, torch.empty_like(logits).exponential_(generator=rng))
-        scene = {"board": frames[0, -1].clone(), "imagined": imagined, "rewards": rewards, "alive": alive}
-        scenes.append(scene | {"policy": logits.softmax(-1)[0], "action": int(action), "title": f"step {step}"})
+        frames = i2a.as_frames(observation, args.frame_stack)
+        imagined = i2a.imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
+        logits, _ = networks["agent"](frames, imagined)
+        action = i2a.sample(logits, rng)
+        scene = dict(zip(("imagined", "rewards", "alive"), (x[0] for x in imagined), strict=True))  # (A, D, ...)
+        scene |= {"board": frames[0, -1].clone(), "policy": logits.softmax(-1)[0], "action": int(action)}
+        scenes.append(scene | {"title": f"step {step}"})
         observation, _, terminated, truncated, info = envs.step(action)
         if terminated[0]:
-            last = info["final_obs"][0] if args.frame_stack == 1 else info["final_obs"][0, -1]
+            last = i2a.as_frames(info["final_obs"], args.frame_stack)[0, -1]
             return [*scenes, scenes[-1] | {"board": last, "title": f"solved in {step} steps"}]
         if truncated[0]:
             break
@@ -382,12 +388,12 @@ def play_level(args: i2a.Args, networks: torch.nn.ModuleDict, level: torch.Tenso
 
 def draw_scene(scene: dict, kind: str, tile: int = 112, large: int = 336) -> Image.Image:
     """The board on the left; on the right a row for each action and a column for each imagined step."""
-    depth, gap, left, top = len(scene["rewards"]), 8, large + 96, 50
+    depth, gap, left, top = scene["rewards"].shape[1], 8, large + 96, 50
     picture = Image.new("RGB", (left + depth * (tile + gap) + gap, top + i2a.A * (tile + gap)), "white")
     draw = ImageDraw.Draw(picture)
     font = functools.cache(ImageFont.load_default)
 
-    def board(frame: torch.Tensor, x: int, y: int, width: int) -> None:
+    def board(frame: Tensor, x: int, y: int, width: int) -> None:
         pixels = convert_observation(frame, kind, "rgb").numpy()
         picture.paste(Image.fromarray(pixels).resize((width, width * pixels.shape[0] // pixels.shape[1]), 0), (x, y))
 
@@ -405,11 +411,11 @@ def draw_scene(scene: dict, kind: str, tile: int = 112, large: int = 336) -> Ima
         draw.text((left - 12, y + tile // 2 + 12), f"{float(scene['policy'][a]):.0%}", ink, font(15), anchor="rm")
         for d in range(depth):
             x = left + d * (tile + gap)
-            if not scene["alive"][d, a]:  # behind the end that it foresees
+            if not scene["alive"][a, d]:  # behind the end that it foresees
                 draw.rectangle((x, y, x + tile - 1, y + tile - 1), "gainsboro")
                 continue
-            board(scene["imagined"][d, a], x, y, tile)
-            paid = float(scene["rewards"][d, a])
+            board(scene["imagined"][a, d], x, y, tile)
+            paid = float(scene["rewards"][a, d])
             if abs(paid + 0.1) > 0.01:  # more than the price of a step
                 colour = "green" if paid > 0 else "firebrick"
                 draw.rectangle((x, y, x + 50, y + 20), colour)
@@ -419,27 +425,27 @@ def draw_scene(scene: dict, kind: str, tile: int = 112, large: int = 336) -> Ima
     return picture
 
 
-def film(flags: Film) -> None:
-    args, networks = load(flags.path, eval_episodes=200)
+def film_command(flags: Film) -> None:
+    args, networks = load_agent(flags.path, eval_episodes=200)
     if args.agent != "i2a":
         sys.exit(f"{flags.path} is a model-free agent: it imagines nothing")
     games = (play_level(args, networks, level, flags.seed) for level in i2a.held_out_levels(args))
-    found = ((i, game) for i, game in enumerate(games) if flags.fewest <= len(game) - 1 <= flags.most)
-    number, scenes = next(found, (0, []))
+    scenes = next((game for game in games if flags.fewest <= len(game) - 1 <= flags.most), [])
     if not scenes:
         sys.exit(f"{flags.path} solves none of {args.eval_episodes} levels in {flags.fewest} to {flags.most} steps")
     pictures = [draw_scene(scene, args.observation).quantize(64) for scene in scenes]
-    temporary = flags.output.with_name(flags.output.name + ".tmp")
     times = [500] * (len(pictures) - 1) + [3000]
-    pictures[0].save(temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
-    os.replace(temporary, flags.output)
-    print(f"{flags.output}: held-out level {number}, solved in {len(scenes) - 1} steps")
+    with i2a.replacing(flags.output) as path:
+        pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    print(f"wrote {flags.output}: a held-out level, solved in {len(scenes) - 1} steps")
 
 
 if __name__ == "__main__":
+    i2a.keep_freed_memory()
     commands = {
-        "random": (Random, random_play), "lesions": (Lesions, lesions), "boxes": (Boxes, boxes), "near": (Near, near),
-        "search": (Search, search), "picture": (Picture, picture), "film": (Film, film),
+        "levels": (Levels, levels_command), "random": (Random, random_command), "lesions": (Lesions, lesions_command),
+        "boxes": (Boxes, boxes_command), "near": (Near, near_command), "search": (Search, search_command),
+        "picture": (Picture, picture_command), "film": (Film, film_command),
     }  # fmt: skip
     command = tyro.extras.subcommand_cli_from_dict({name: flags for name, (flags, _) in commands.items()})
     dict(commands.values())[type(command)](command)

@@ -512,7 +512,7 @@ def test_three_tasks_in_one_student(tmp_path, monkeypatch):
 def test_students_act_on_their_own_outputs_and_visit_their_own_states(tmp_path, monkeypatch, correction):
     monkeypatch.chdir(tmp_path)
     acted_on, updates, sample = [], [], distillation.sample
-    monkeypatch.setattr(distillation, "sample", lambda logits, noise: acted_on.append(logits) or sample(logits, noise))
+    monkeypatch.setattr(distillation, "sample", lambda logits, rng: acted_on.append(logits) or sample(logits, rng))
     name = "cross_entropies" if correction else "distillation_losses"
     losses = getattr(distillation, name)
 
@@ -577,7 +577,7 @@ def test_evaluate_and_resume(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"--loss: .* brings its own flags"):
         main(Args(resume=str(path), loss="nll"))
     path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="damaged"):
+    with pytest.raises(SystemExit, match="can't read the checkpoint"):
         main(Args(resume=str(path)))
     assert "0.25: 1,142 of the teachers' 4,610 parameters" in capsys.readouterr().out
 
@@ -620,8 +620,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         ({"epsilon": 2.0}, "--epsilon"),
         ({"gamma": 1.5}, "--gamma"),
         ({"batch_size": 0}, "--batch-size 0"),
-        ({"evaluate": "no_such_file.pt"}, "can't read no_such_file.pt"),
-        ({"teacher_path": ("no_such_file.pt",)}, "can't read no_such_file.pt"),
+        ({"evaluate": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
+        ({"teacher_path": ("no_such_file.pt",)}, "can't read the checkpoint no_such_file.pt"),
     ],
 )
 def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch, kwargs, message):

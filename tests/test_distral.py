@@ -359,7 +359,7 @@ def test_resume_continues_bit_for_bit_and_evaluate_reads(tmp_path, monkeypatch, 
     main(Args(resume=str(path), total_timesteps=320))
     assert torch.load(path, weights_only=True)["global_step"] == 320
     path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="damaged"):
+    with pytest.raises(SystemExit, match="can't read the checkpoint"):
         main(Args(evaluate=str(path)))
 
 
@@ -401,7 +401,7 @@ def test_video(tmp_path, monkeypatch):
         ({"alpha": -0.1}, "--alpha -0.1"),
         ({"beta": 0.0}, "--beta 0.0"),
         ({"num_steps": 0}, "--num-steps 0"),
-        ({"resume": "no_such_file.pt"}, "can't read no_such_file.pt"),
+        ({"resume": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
     ],
 )
 def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch, kwargs, message):
@@ -413,7 +413,7 @@ def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch, kwargs, message):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="lower --learning-rate"):
+    with pytest.raises(SystemExit, match="lower the learning rate"):
         main(Args(**SMALL | {"learning_rate": 1e30, "total_timesteps": 640}))
 
 

@@ -303,7 +303,7 @@ def test_save_evaluate_and_held_out_goal(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="same flags"):
         main(Args(**SMALL | {"distilled": str(path)}))
     path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="damaged"):
+    with pytest.raises(SystemExit, match="can't read the checkpoint"):
         main(Args(evaluate=str(path)))
 
 
@@ -322,7 +322,7 @@ def test_video(tmp_path, monkeypatch):
         ({"num_tasks": 0}, "--num-tasks 0"),
         ({"num_tasks": 51}, "ask for 51 goals, the rooms have 50"),
         ({"eval_frequency": 15}, "--eval-frequency 15: must be a multiple"),
-        ({"evaluate": "no_such_file.pt"}, "can't read no_such_file.pt"),
+        ({"evaluate": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
     ],
 )
 def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch, kwargs, message):

@@ -302,7 +302,7 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
     main(Args(**SMALL | {"total_timesteps": 120, "eval_frequency": 40, "save_model": True, "planning_steps": 1}))
     (path,) = tmp_path.glob("runs/*/agent.pt")
     state = torch.load(path, weights_only=True)
-    assert state["replay"].shape == (1, 120, 11) and state["num_rows"] == 3
+    assert state["replay"].shape == (1, 120, 11) and len(state["rows"]) == 3
     assert main(Args(evaluate=str(path), eval_episodes=3))[0]["eval/return"][0] > 0
     assert "policy, 3 episodes" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has had all of its 120 steps"):
@@ -314,20 +314,20 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=r"^--gamma: .* brings its own flags"):
             main(Args(resume=str(path)))
         patch.setattr(sys, "argv", ["dyna_dqn.py", "--total-timesteps", str(Args().total_timesteps), "--no-cuda"])
-        assert dyna_dqn.resumed_args(Args(resume="x"), path, state).total_timesteps == Args().total_timesteps != 120
+        assert dyna_dqn.resumed_args(Args(resume="x"), path).total_timesteps == Args().total_timesteps != 120
     # as if it had been stopped half way
-    state["global_step"], state["num_rows"] = 80, 2
+    state["global_step"], state["rows"] = 80, state["rows"][:2]
     torch.save(state, path)
     rows = main(Args(resume=str(path)))
     assert [r["global_step"] for r in rows] == [120]
     lines = (path.parent / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["global_step", "40", "80", "120"]
     assert [r["global_step"] for r in main(Args(resume=str(path), total_timesteps=200))] == [160, 200]
-    torch.save({"args": {"size": 7}}, path)
-    with pytest.raises(SystemExit, match=r"agent\.pt is of another script or version of it .*batch_size, .*, …"):
+    torch.save({"args": {"not_a_flag": 7}}, path)
+    with pytest.raises(SystemExit, match=r"agent\.pt was written by another script"):
         main(Args(evaluate=str(path)))
     path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="damaged"):
+    with pytest.raises(SystemExit, match="can't read the checkpoint"):
         main(Args(resume=str(path)))
 
 
@@ -340,7 +340,7 @@ def test_video(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="lower --learning-rate"):
+    with pytest.raises(SystemExit, match="lower the learning rate"):
         main(
             Args(**SMALL | {"total_timesteps": 200, "eval_frequency": 100, "learning_rate": 1e20, "planning_steps": 1})
         )
@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         ({"model_learning_rate": -1.0}, "--model-learning-rate -1"),
         ({"env_id": "no_such_module:Pole-v0"}, "no_such_module"),
         ({"env_id": "Sokoban-v0", "num_boxes": 9}, "num_boxes=9"),
-        ({"evaluate": "no_such_file.pt"}, "can't read no_such_file.pt"),
+        ({"evaluate": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
     ],
 )
 def test_bad_flags_are_one_clear_line(kwargs, message):

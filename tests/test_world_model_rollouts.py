@@ -875,11 +875,11 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys, model):
     with pytest.raises(SystemExit, match=r"--horizon: .* brings its own flags"):
         main(Args(resume=str(path), horizon=7))
     assert [row["global_step"] for row in main(Args(resume=str(path), total_timesteps=200))] == [200]
-    torch.save({"args": {"size": 7}}, path)
-    with pytest.raises(SystemExit, match=r"is of another script or version of it .*action_noise, .*, …"):
+    torch.save({"args": {"not_a_flag": 7}}, path)
+    with pytest.raises(SystemExit, match=r"was written by another script"):
         main(Args(evaluate=str(path)))
     path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="damaged"):
+    with pytest.raises(SystemExit, match="can't read the checkpoint"):
         main(Args(resume=str(path)))
 
 
@@ -894,9 +894,9 @@ def test_resume_and_evaluate(tmp_path, monkeypatch, capsys, model):
         ({"initial_steps": 5}, "more --initial-steps"),
         ({"behavior": "expert", "env_id": "MountainCar-v0"}, "no expert for MountainCar-v0"),
         ({"true_reward": True, "env_id": "MountainCar-v0"}, "--true-reward is known for .*MountainCar-v0's is learned"),
-        ({"behavior": "none.pt"}, "can't read none.pt"),
+        ({"behavior": "none.pt"}, "can't read the checkpoint none.pt"),
         ({"data": "none.npz"}, "can't read none.npz"),
-        ({"evaluate": "none.pt"}, "can't read none.pt"),
+        ({"evaluate": "none.pt"}, "can't read the checkpoint none.pt"),
         ({"num_envs": 1, "num_steps": 3, "num_minibatches": 2}, "--num-minibatches"),
     ],
 )

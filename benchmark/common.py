@@ -1,0 +1,46 @@
+"""What the benchmarks share: CSV files in and out, and intervals."""
+
+import csv
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(rows: Iterable[dict[str, Any]], name: str) -> None:
+    """The rows as benchmark/results/`name`, with every column that one of them has; never leaves half a file."""
+    rows, target = list(rows), RESULTS / name
+    temporary = target.with_name(target.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, target)
+    print(f"wrote {target.relative_to(ROOT)}")
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean (Student's t); nan for a single value."""
+    if len(values) < 2:
+        return math.nan
+    return STUDENT[len(values) - 1] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def wilson(share: float, number: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share of `number` trials."""
+    centre = share + z * z / (2 * number)
+    half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
+    return max(0.0, (centre - half) / (1 + z * z / number)), min(1.0, (centre + half) / (1 + z * z / number))

@@ -1,0 +1,134 @@
+"""Curves and a table of a study, from benchmark/results/STUDY.csv: docs/STUDY.png, benchmark/results/STUDY_table.csv.
+
+    python benchmark/curves.py --study i2a_first_edition --reference "7x7-2 i2a" --thresholds 0.1 0.25 0.5
+
+The share of new levels solved in a window of five rows, against frames (the model's included). For each variant and
+threshold: the frames at which the window first reaches it, over seeds; and, over paired seeds, how many times as many
+the variant needs as the reference: the geometric mean with its 95 % interval (Student's t on the logarithms). With
+--sps, frames a second of each variant, measured alone (benchmark/i2a_throughput.py), also in seconds.
+"""
+
+import math
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import tyro
+from common import RESULTS, ROOT, half_interval, read_rows, write_rows
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+WINDOW = 5
+Curve = tuple[np.ndarray, np.ndarray]  # frames, share solved in the window
+
+
+@dataclass
+class Args:
+    study: str  # the file's name
+    reference: str = "i2a"  # variant that the others are compared with
+    thresholds: tuple[float, ...] = (0.5, 0.8, 0.9)  # shares of new levels solved
+    at_frames: tuple[int, ...] = ()  # frames at which shares are compared
+    sps: tuple[str, ...] = ()  # "VARIANT=NUMBER": frames a second
+    title: str = ""  # over the figure
+
+
+def read_curves(study: str) -> tuple[dict[str, dict[int, Curve]], dict[str, list[float]]]:
+    """By variant and seed the curves; by variant the last held-out evaluation of each seed."""
+    columns: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    held_out: dict[str, dict[int, float]] = {}
+    for row in read_rows(RESULTS / f"{study}.csv"):
+        if row.get("charts/solved"):
+            point = float(row["global_step"]), float(row["charts/solved"])
+            columns.setdefault(row["variant"], {}).setdefault(int(row["seed"]), []).append(point)
+        if row.get("eval/solved"):
+            held_out.setdefault(row["variant"], {})[int(row["seed"])] = float(row["eval/solved"])
+    curves: dict[str, dict[int, Curve]] = {}
+    for variant, seeds in columns.items():
+        for seed, points in seeds.items():
+            frames, solved = np.array(points).T
+            smooth = [solved[max(0, i + 1 - WINDOW) : i + 1].mean() for i in range(len(solved))]
+            curves.setdefault(variant, {})[seed] = frames, np.array(smooth)
+    return curves, {variant: [*shares.values()] for variant, shares in held_out.items()}
+
+
+def reached(curve: Curve, threshold: float) -> float:
+    """The first frame at which the window is at the threshold; infinity if it never is."""
+    frames, solved = curve
+    above = np.flatnonzero(solved[WINDOW - 1 :] >= threshold)
+    return float(frames[WINDOW - 1 + above[0]]) if len(above) else math.inf
+
+
+def ratio(own: list[float], others: list[float]) -> tuple[float, float, float]:
+    """The geometric mean of own / other over pairs, with its 95 % interval."""
+    logarithms = np.log(np.array(own) / np.array(others))
+    mean, half = logarithms.mean(), half_interval(logarithms)
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def table(args: Args, curves: dict[str, dict[int, Curve]], held_out: dict[str, list[float]]) -> list[dict]:
+    speeds = {name: float(number) for name, number in (text.split("=") for text in args.sps)}
+    reference, rows = curves[args.reference], []
+    for variant, seeds in curves.items():
+        for threshold in args.thresholds:
+            frames = {seed: reached(curve, threshold) for seed, curve in seeds.items()}
+            there = [n for n in frames.values() if math.isfinite(n)]
+            row = {"variant": variant, "threshold": threshold, "seeds": len(frames), "reached": len(there)}
+            row["frames"] = " ".join(f"{n:.0f}" for n in frames.values())
+            if variant in speeds:
+                row["seconds"] = " ".join(f"{n / speeds[variant]:.0f}" for n in frames.values())
+            pairs = [(frames[s], reached(reference[s], threshold)) for s in frames if s in reference]
+            pairs = [pair for pair in pairs if math.isfinite(sum(pair))]
+            if pairs and variant != args.reference:
+                names = ("ratio", "ratio_low", "ratio_high")
+                row |= dict(zip(names, (f"{x:.3f}" for x in ratio(*zip(*pairs, strict=True))), strict=True))
+                row["pairs"] = len(pairs)
+                if {variant, args.reference} <= set(speeds):
+                    row["ratio_seconds"] = f"{float(row['ratio']) * speeds[args.reference] / speeds[variant]:.3f}"
+            rows.append(row)
+        for at in args.at_frames:
+            shares = [np.interp(at, *curve) for curve in seeds.values() if curve[0][-1] >= at]
+            if shares:
+                row = {"variant": variant, "at_frames": at, "seeds": len(shares), "solved": f"{np.mean(shares):.4f}"}
+                rows.append(row | {"solved_half_interval": f"{half_interval(shares):.4f}"})
+        if variant in held_out:
+            row = {"variant": variant, "seeds": len(held_out[variant]), "held_out": f"{np.mean(held_out[variant]):.4f}"}
+            rows.append(row | {"held_out_half_interval": f"{half_interval(held_out[variant]):.4f}"})
+    return rows
+
+
+def draw(args: Args, curves: dict[str, dict[int, Curve]]) -> None:
+    """A thin line a seed, the mean over seeds, and its 95 % interval, as far as all seeds go."""
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for i, (variant, seeds) in enumerate(curves.items()):
+        colour = f"C{i}"
+        for frames, solved in seeds.values():
+            axis.plot(frames / 1e6, solved, color=colour, alpha=0.25, linewidth=0.8)
+        grid = np.linspace(max(f[0] for f, _ in seeds.values()), min(f[-1] for f, _ in seeds.values()), 100)
+        shares = np.array([np.interp(grid, *curve) for curve in seeds.values()])  # (seeds, 100)
+        mean = shares.mean(0)
+        axis.plot(
+            grid / 1e6, mean, color=colour, label=f"{variant} ({len(seeds)} seeds)" if len(seeds) > 1 else variant
+        )
+        if len(seeds) > 1:
+            half = np.array([half_interval(column) for column in shares.T])
+            axis.fill_between(grid / 1e6, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+    axis.set(xlabel="million frames, the model's included", ylabel="new levels solved", ylim=(0, 1), title=args.title)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / f"{args.study}.png", dpi=90)
+    print(f"wrote docs/{args.study}.png")
+
+
+def main(args: Args) -> None:
+    curves, held_out = read_curves(args.study)
+    rows = table(args, curves, held_out)
+    for row in rows:
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
+    write_rows(rows, f"{args.study}_table.csv")
+    draw(args, curves)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
