@@ -616,8 +616,12 @@ class _Pool:
         return {"boards": boards, "random": self.rng.bit_generator.state, **counters}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.boards, self.work = _copy_to(self.xp, state["boards"], self.device), None
+        self.restart(state["seed"])
         self.rng.bit_generator.state = state["random"]
+        self.batch = state["batch"]
+        if "last" in state:  # the torch backend's: the same boards, and from here on levels of the next batch
+            return
+        self.boards = _copy_to(self.xp, state["boards"], self.device)
         vars(self).update({name: state.get(name, 0) for name in self._COUNTERS})  # old ones lack `due`
 
 
@@ -715,8 +719,8 @@ class _DevicePool(_Pool):
     def set_state(self, state: dict[str, Any]) -> None:
         self.restart(state["seed"])
         self.rng.bit_generator.state = state["random"]
-        if "last" not in state:  # numpy's: go on with the batch after its last
-            self.batch = state["batch"] + 1
+        self.batch = state["batch"]
+        if "last" not in state:  # numpy's, as above
             return
         vars(self).update({name: state[name] for name in self._COUNTERS})
         vars(self).update({name: _copy_to(torch, state[name], self.device) for name in self._TENSORS})

@@ -862,6 +862,26 @@ def test_a_state_resumes_bit_for_bit(backend: str, pool: str, kind: str, stack: 
         assert_same(envs.get_state()["cells"], envs.get_state(pool=False)["cells"])
 
 
+@pytest.mark.parametrize("pool", ["fixed", "endless"])
+@pytest.mark.parametrize(("source", "target"), [BACKENDS, BACKENDS[::-1]])
+def test_a_state_of_the_other_backend(source: str, target: str, pool: str):
+    envs, others = (make_maker(pool, backend, "cells", 2)() for backend in (source, target))
+    envs.reset(seed=3)
+    seen = torch.cat([envs.step(actions)[0][:, -1] for actions in random_actions(1, 50, 16)])
+    state = save_and_load(envs.get_state())
+    expected = envs.set_state(state)
+    assert torch.equal(others.set_state(state), expected)
+    for actions in random_actions(2, 30, 16):
+        one, other = others.step(actions), envs.step(actions)
+        ended = one[2] | one[3]
+        assert_same(one[1:4], other[1:4])
+        assert torch.equal(one[0][~ended], other[0][~ended])
+        if ended.any():
+            break
+    fresh, _ = others.reset()
+    assert exclude_levels(fresh, seen).all() or pool == "fixed"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_state_resumes_wherever_the_generator_was(backend: str):
     def make() -> SokobanVectorEnv:
