@@ -4,7 +4,8 @@
         --flags="--total-timesteps 1000000" --seeds 11 12 13 14 15 --jobs 2
 
 A run is known by its --exp-name, STUDY-VARIANT, and its seed. One that is finished (agent.pt is there) is not run
-again; one that was cut off goes on from its checkpoint. Rows of runs that are still under way are collected too.
+again; one that was cut off goes on from its checkpoint. Rows of runs that are still under way are collected too, and
+rows of runs that are no longer under runs/ stay in the file.
 """
 
 import os
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import tyro
-from common import ROOT, read_rows, write_rows
+from common import RESULTS, ROOT, read_rows, write_rows
 
 KEPT = ("global_step", "charts/", "eval/", "model/", "losses/entropy")  # columns, by the start of their names
 
@@ -59,21 +60,22 @@ def main(args: Args) -> None:
     variants = dict(variant.split("=", 1) for variant in args.variants)
     if not args.collect_only:
         with ThreadPoolExecutor(args.jobs) as pool:
-            runs = [pool.submit(train, args, v, flags, s) for s in args.seeds for v, flags in variants.items()]
+            jobs = [pool.submit(train, args, v, flags, s) for s in args.seeds for v, flags in variants.items()]
             try:
-                for run in runs:
-                    run.result()
+                for job in jobs:
+                    job.result()
             except (KeyboardInterrupt, SystemExit) as e:
                 pool.shutdown(cancel_futures=True)  # waits for those under way, starts no others
                 sys.exit(str(e) or "stopped; the same command goes on from the checkpoints")
-    rows = []
-    for variant in variants:
-        for seed in args.seeds:
-            folder = folder_of(args, variant, seed)
-            for row in read_rows(folder / "metrics.csv") if folder else ():
-                kept = {k: f"{float(v):.6g}" for k, v in row.items() if v and k.startswith(KEPT)}
-                kept["global_step"] = str(round(float(row["global_step"])))
-                rows.append({"study": args.study, "variant": variant, "seed": seed} | kept)
+    results = RESULTS / f"{args.study}.csv"
+    runs = {(v, str(s)): folder_of(args, v, s) for v in variants for s in args.seeds}
+    found = {run: folder for run, folder in runs.items() if folder}
+    rows = [row for row in read_rows(results) if (row["variant"], row["seed"]) not in found] if results.exists() else []
+    for (variant, seed), folder in found.items():
+        for row in read_rows(folder / "metrics.csv"):
+            kept = {k: f"{float(v):.6g}" for k, v in row.items() if v and k.startswith(KEPT)}
+            kept["global_step"] = str(round(float(row["global_step"])))
+            rows.append({"study": args.study, "variant": variant, "seed": seed} | kept)
     write_rows(rows, f"{args.study}.csv")
 
 
