@@ -61,7 +61,6 @@ class Args:
     track: bool = False  # track the run in Weights and Biases
     wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
     wandb_entity: str | None = None  # the Weights and Biases team
-    capture_video: bool = False  # write a GIF of evaluation episodes beside the agent
     save_model: bool = True  # write agent.pt (weights only) at the end
 
     # Algorithm specific arguments
@@ -820,10 +819,8 @@ def read_levels(path: str, size: int) -> Tensor:
     """The levels (L, H, W) of a Boxoban file or folder."""
     try:
         return sokoban_env.load_levels(path, size)
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror}")
-    except ValueError as e:
-        sys.exit(str(e))
+    except (OSError, ValueError) as e:
+        sys.exit(f"--levels or --eval-levels: {e}")
 
 
 def held_out_levels(args: Args) -> Tensor:
@@ -847,50 +844,32 @@ def make_envs(
 
 @torch.no_grad()
 def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.device) -> tuple[dict, Tensor]:
-    """Play each level (L, H, W) once.
-
-    Returns:
-        metrics: share solved, mean steps of the solved, imagined steps per solved level; and the boards (S, 8, H, W) of
-        eight games at every step, where those that are over stand still.
-    """
-    rng, films = torch.Generator(device).manual_seed(args.seed), []
-    solved = steps = solved_steps = 0
+    """Play each level (L, H, W) once; returns metrics, and which levels were solved (L,)."""
+    rng = torch.Generator(device).manual_seed(args.seed)
+    solved, lengths = [], []
     for part in levels.split(1024):
         envs = make_envs(args, len(part), part, device)
         observation, _ = envs.reset(seed=args.seed, options={"levels": part})
-        playing, film = torch.ones(len(part), dtype=torch.bool, device=device), [part[:8].to(device)]
+        playing = torch.ones(len(part), dtype=torch.bool, device=device)
+        solved.append(torch.zeros_like(playing))
+        lengths.append(torch.zeros(len(part), device=device))
         while playing.any():
             frames = as_frames(observation, args.frame_stack)
             imagined = imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
             logits, _ = networks["agent"](frames, imagined)
             action = logits.argmax(-1) if args.greedy else sample(logits, rng)
-            observation, _, terminated, truncated, info = envs.step(action)
-            last = as_frames(info.get("final_obs", observation), args.frame_stack)[:8, -1]
-            last = convert_observation(last, args.observation, "cells")
-            film.append(torch.where(playing[:8, None, None], last, film[-1]))
-            steps += playing.sum().item()
-            wins, now = (playing & terminated).sum().item(), len(film) - 1  # the step
-            solved += wins
-            solved_steps += wins * now
+            observation, _, terminated, truncated, _ = envs.step(action)
+            lengths[-1] += playing
+            solved[-1] |= playing & terminated
             playing &= ~(terminated | truncated)
-        films.append(torch.stack(film))
-    metrics = {"eval/solved": solved / len(levels)}
-    if solved:
-        metrics["eval/mean_steps"] = solved_steps / solved
-    if solved and args.agent == "i2a":
-        metrics["eval/imagined_steps_per_solved"] = A * args.imagination_depth * steps / solved
-    return metrics, films[0]
-
-
-def write_gif(path: pathlib.Path, boards: Tensor) -> None:
-    """Boards (S, N, H, W) as a film of N games side by side."""
-    from PIL import Image  # comes with matplotlib
-
-    pictures = convert_observation(boards.cpu(), "cells", "rgb").transpose(1, 2).flatten(2, 3).numpy()
-    film = [Image.fromarray(picture).resize((2 * picture.shape[1], 2 * picture.shape[0]), 0) for picture in pictures]
-    with replacing(path) as temporary:
-        film[0].save(temporary, format="GIF", save_all=True, append_images=film[1:], duration=150, loop=0)
-    print(f"wrote {path}")
+    which, steps = torch.cat(solved), torch.cat(lengths)
+    metrics = {"eval/solved": which.float().mean().item()}
+    if which.any():
+        metrics["eval/mean_steps"] = steps[which].mean().item()
+    if which.any() and args.agent == "i2a":
+        imagined_steps = A * args.imagination_depth * steps.sum()
+        metrics["eval/imagined_steps_per_solved"] = (imagined_steps / which.sum()).item()
+    return metrics, which
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -918,10 +897,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--imagination-depth must be at least 1, and --model-frames 640")
     if not 0 <= args.seed < EVAL_SEED // 1000:
         sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}")
-    try:
-        generate_levels(1, size=args.size, num_boxes=args.num_boxes)
-    except ValueError as e:
-        sys.exit(str(e))
     return args
 
 
@@ -947,10 +922,8 @@ def main(args: Args) -> None:
         for network in networks.values():
             network.compile()
     if args.evaluate:
-        metrics, boards = evaluate(args, networks, eval_levels, device)
+        metrics, _ = evaluate(args, networks, eval_levels, device)
         print(f"{path}, trained on {state['global_step']:,} frames: {json.dumps(metrics)}")
-        if args.capture_video:
-            write_gif(pathlib.Path(path).with_suffix(".gif"), boards)
         return
 
     # ---- everything that the loop touches; a new run, or one that goes on
@@ -1078,14 +1051,11 @@ def main(args: Args) -> None:
     # ---- evaluate on held-out levels, and export
     bar.close()
     if rank == 0:
-        metrics, boards = evaluate(args, networks, eval_levels, device)
-        logger.log(global_step, metrics)
-        if args.capture_video:
-            write_gif(logger.path.with_name("episodes.gif"), boards)
+        logger.log(global_step, evaluate(args, networks, eval_levels, device)[0])
         if args.save_model:
             export = {"args": asdict(replace(args, resume=None)), "networks": networks.state_dict()}
             save_checkpoint(logger.path.with_name("agent.pt"), export | {"global_step": global_step})
-            print(f"to see it play: python i2a.py --evaluate runs/{run_name}/agent.pt --capture-video")
+            print(f"wrote runs/{run_name}/agent.pt: python i2a.py --evaluate plays it on held-out levels")
         logger.close()
     if world > 1:
         dist.destroy_process_group()
