@@ -73,7 +73,7 @@ class Args:
     frame_stack: int = 1  # frames of an observation
     view: Literal["player", "board"] = "player"  # player: networks see the board with the player in its middle
     levels: str | None = None  # train on this Boxoban file or folder instead of generated levels
-    total_timesteps: int = 1_000_000  # environment frames, those of the model's pretraining included
+    total_timesteps: int = 600_000  # environment frames, those of the model's pretraining included
     num_envs: int = 64  # parallel environments of each process
     num_steps: int = 32  # steps of a rollout before each update
     optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSProp is the paper's
@@ -267,18 +267,20 @@ def cell_planes(cells: Tensor) -> Tensor:
 
 
 def player_view(cells: Tensor) -> Tensor:
-    """Boards (..., H, W) rolled so that the player stands in the middle, at ((H-1)//2, (W-1)//2): (..., H-1, W-1).
+    """Boards (..., H, W) rolled so that the player stands in the middle: (..., V, V'), odd sides.
 
-    Row 0 and row H-1 are both wall, and columns alike: counted modulo H-1, the wall stands in the result once.
+    Where H is even V is H-1: rows 0 and H-1 are both wall, and one is left out. So the middle is a cell, and the view of
+    a turned board is the turned view.
     """
     height, width = cells.shape[-2:]
+    view_height, view_width = (height - 1) // 2 * 2 + 1, (width - 1) // 2 * 2 + 1
     boards = cells.reshape(-1, height * width)
     player = boards.argmax(1)[:, None]  # (N, 1), its value is the highest
-    y, x = torch.arange(height - 1, device=cells.device), torch.arange(width - 1, device=cells.device)
-    rows = (player // width + y - (height - 1) // 2) % (height - 1)  # (N, H-1)
-    columns = (player % width + x - (width - 1) // 2) % (width - 1)  # (N, W-1)
+    y, x = torch.arange(view_height, device=cells.device), torch.arange(view_width, device=cells.device)
+    rows = (player // width + y - view_height // 2) % view_height  # (N, V)
+    columns = (player % width + x - view_width // 2) % view_width  # (N, V')
     index = rows[:, :, None] * width + columns[:, None, :]
-    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], height - 1, width - 1)
+    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], view_height, view_width)
 
 
 def generalized_advantages(
@@ -301,7 +303,7 @@ def generalized_advantages(
 
 
 def to_planes(frames: Tensor, kind: str, view: str) -> Tensor:
-    """Frames (B, F, H, W[, 3]) uint8 to network input (B, F * P, H, W), float32; H-1, W-1 from the player's view."""
+    """Frames (B, F, H, W[, 3]) uint8 to network input (B, F * P, H, W), float32; H, W of the view."""
     if kind == "rgb":
         return frames.permute(0, 1, 4, 2, 3).float().flatten(1, 2) / 255
     if view == "player":
@@ -316,9 +318,6 @@ class FrameNet(nn.Module):
     def __init__(self, args: Args, planes: int, channels: tuple[int, ...], units: int, first_stride: int = 1) -> None:
         super().__init__()
         self.kind, self.view = args.observation, args.view
-        pixels = 8 * args.size if self.kind == "rgb" else args.size
-        if self.view == "player":
-            pixels -= 1
         layers: list[nn.Module] = []
         for i, width in enumerate(channels):
             if self.kind == "rgb":
@@ -329,6 +328,9 @@ class FrameNet(nn.Module):
             layers += [layer_init(conv), nn.ReLU()]
             planes = width
         self.convs = nn.Sequential(*layers, nn.Flatten())
+        pixels = 8 * args.size if self.kind == "rgb" else args.size
+        if self.view == "player":
+            pixels = (pixels - 1) // 2 * 2 + 1
         features = self.convs(torch.zeros(1, layers[0].in_channels, pixels, pixels)).shape[1]
         self.dense = layer_init(nn.Linear(features, units))
 
