@@ -269,8 +269,8 @@ def cell_planes(cells: Tensor) -> Tensor:
 def player_view(cells: Tensor) -> Tensor:
     """Boards (..., H, W) rolled so that the player stands in the middle: (..., V, V'), odd sides.
 
-    Where H is even V is H-1: rows 0 and H-1 are both wall, and one is left out. So the middle is a cell, and the view of
-    a turned board is the turned view.
+    Where H is even V is H-1: rows 0 and H-1 are both wall, and one is left out. So the middle is a cell, and to turn
+    the board is to turn the view.
     """
     height, width = cells.shape[-2:]
     view_height, view_width = (height - 1) // 2 * 2 + 1, (width - 1) // 2 * 2 + 1
@@ -877,6 +877,8 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line, over the flags of the checkpoint to resume or evaluate, or over the preset."""
     given = tyro.cli(Args, args=argv)
+    if given.resume and given.evaluate:
+        sys.exit("--resume goes on with a run, --evaluate plays an agent: give one of them")
     path = given.resume or given.evaluate
     default = saved_args(path) if path else PRESETS[given.preset]
     args = tyro.cli(Args, args=argv, default=default)
@@ -920,6 +922,10 @@ def main(args: Args) -> None:
     state = load_checkpoint(path, device) if path else None
     if state:
         load_networks(networks, path)
+    elif args.agent == "i2a" and args.env_model_path:
+        load_networks(networks["env_model"], args.env_model_path, "env_model.")
+    if not state and args.agent == "i2a" and args.rollout_policy == "pretrained":
+        load_networks(networks["rollout_policy"], args.pretrained_path, "agent.")
     if args.compile:
         for network in networks.values():
             network.compile()
@@ -963,11 +969,7 @@ def main(args: Args) -> None:
     # ---- the environment model comes first: learned once, then frozen
     if args.agent == "i2a" and not state:
         env_model = networks["env_model"].requires_grad_()
-        if args.rollout_policy == "pretrained":
-            load_networks(networks["rollout_policy"], args.pretrained_path, "agent.")
-        if args.env_model_path:
-            load_networks(env_model, args.env_model_path, "env_model.")
-        elif args.env_model in ("learned", "poor"):
+        if args.env_model in ("learned", "poor") and not args.env_model_path:
             if rank == 0:
                 pretrain_model(env_model, args, levels, rng, logger)
             global_step = args.model_frames
