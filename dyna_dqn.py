@@ -48,7 +48,7 @@ import sokoban_env
 PLANNING_EPSILON = 0.5  # probability of a random action in imagination
 MODEL_HIDDEN, MODEL_LEARNING_RATE = (64, 64), 1e-3
 MODEL_UPDATES, MODEL_BATCH_SIZE = 2, 128  # after each real step
-TIME_LIMIT = 10_000  # steps of an episode where the environment has no limit: a greedy policy can go on for ever
+MOST_STEPS = 10_000  # of an evaluated episode where the environment has no limit: a greedy policy can go on for ever
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Args:
     standardize: bool = True  # let Q read states in units of their spread in the replay
     size: int = 5  # Sokoban: board size
     num_boxes: int = 1  # Sokoban: boxes
-    num_levels: int = 1  # Sokoban: generated levels to learn on (0: ever new ones)
+    num_levels: int = 1  # Sokoban: generated levels to learn on
     eval_frequency: int = 500  # real steps between evaluations of the greedy policy: a row of metrics and a checkpoint
     eval_episodes: int = 10  # episodes of an evaluation
     stop_return: float | None = None  # stop once an evaluation of every run reaches this mean return
@@ -205,11 +205,8 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
     kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if video else {}
     try:
         if args.env_id == "Sokoban-v0":
-            kwargs |= {"size": args.size, "num_boxes": args.num_boxes}
-            if args.num_levels:
-                kwargs["levels"] = sokoban_env.generate_levels(
-                    args.num_levels, size=args.size, num_boxes=args.num_boxes, seed=1
-                )[0]
+            levels, _ = sokoban_env.generate_levels(args.num_levels, size=args.size, num_boxes=args.num_boxes, seed=1)
+            kwargs |= {"size": args.size, "levels": levels}
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
         if video:
             env.reset()
@@ -217,8 +214,6 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
             env = gym.wrappers.RecordVideo(env, video)
     except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
         sys.exit(f"can't make --env-id {args.env_id}: {(str(e) or repr(e)).splitlines()[0]}; try CartPole-v1")
-    if not env.spec.max_episode_steps and args.env_id != "Sokoban-v0":
-        env = gym.wrappers.TimeLimit(env, TIME_LIMIT)
     actions, states = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Discrete):
         sys.exit(f"{args.env_id} has the action space {actions}, DQN needs a Discrete one: try CartPole-v1")
@@ -239,18 +234,29 @@ def make_feature_envs(args: Args, num: int, video: str | None = None) -> gym.vec
     return gym.vector.SyncVectorEnv(makes, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
+def true_next(observation: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+    """What a step led to, also where it ended an episode and `observation` is the next one's first."""
+    following = observation.copy()
+    if "final_obs" in info:
+        following[info["_final_obs"]] = np.stack(info["final_obs"][info["_final_obs"]])
+    return following
+
+
 @torch.no_grad()
 def greedy_returns(envs: gym.vector.SyncVectorEnv, q_net: nn.Module, device: torch.device, seed: int) -> np.ndarray:
     """Returns (E, episodes) of one greedy episode in each environment, as many for each of the E runs."""
     observation, _ = envs.reset(seed=seed)
-    num_runs = len(q_net.mean)
-    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    while running.any():
+    num_runs, limit = len(q_net.mean), envs.envs[0].unwrapped.spec.max_episode_steps or MOST_STEPS
+    returns, running, step = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), 0
+    while running.any() and step < limit:
         s = torch.as_tensor(observation, dtype=torch.float32, device=device).unflatten(0, (num_runs, -1))
         actions = q_net(s).argmax(-1).flatten()  # (E * episodes,)
         observation, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
         returns += rewards * running
         running &= ~(terminated | truncated)
+        step += 1
+    if running.any():
+        print(f"{running.sum()} evaluated episodes were cut after {step:,} steps: wrap the environment in a TimeLimit")
     return returns.reshape(num_runs, -1)
 
 
@@ -386,7 +392,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=saved_args(path)) if path else given
     least = {
         "seed": 0, "num_seeds": 1, "planning_steps": 0, "total_timesteps": 1, "buffer_size": 1, "batch_size": 1,
-        "train_frequency": 1, "target_network_frequency": 1, "num_levels": 0, "eval_frequency": 1, "eval_episodes": 1,
+        "train_frequency": 1, "target_network_frequency": 1, "num_levels": 1, "eval_frequency": 1, "eval_episodes": 1,
     }  # fmt: skip
     for name, value in least.items():
         if getattr(args, name) < value:
@@ -424,11 +430,15 @@ def main(args: Args) -> None:
     model_optimizer = torch.optim.Adam(env_model.parameters(), lr=MODEL_LEARNING_RATE, fused=True)
     replay = torch.zeros(E, args.buffer_size, 2 * S + 3, device=device)  # (E, N, R)
     rng, coin = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
-    first_step, updates, rows, run_name = 0, 0, [], ""
+    first_step, updates, rows = 0, 0, []
     if state:
+        if "replay" not in state or args.buffer_size != state["args"]["buffer_size"]:
+            sys.exit(
+                f"{path} can't go on: --resume takes a checkpoint.pt, with the --buffer-size that it was made with"
+            )
         first_step, updates, rows, run_name = (state[name] for name in ("global_step", "updates", "rows", "run_name"))
-        if first_step >= args.total_timesteps or args.buffer_size != state["args"]["buffer_size"]:
-            sys.exit(f"{path} has had {first_step} steps: give more --total-timesteps, and leave --buffer-size to it")
+        if first_step >= args.total_timesteps:
+            sys.exit(f"{path} has had all of its {first_step} steps: --evaluate it, or give more --total-timesteps")
         optimizer.load_state_dict(state["optimizer"])
         model_optimizer.load_state_dict(state["model_optimizer"])
         replay[:, : state["replay"].shape[1]] = state["replay"]
@@ -458,12 +468,10 @@ def main(args: Args) -> None:
             greedy = q_net(s[:, None]).argmax(-1).flatten().tolist()  # (E,)
         actions = np.array([coin.randrange(A) if coin.random() < epsilon else a for a in greedy])
         observation, rewards, terminated, _, info = envs.step(actions)
-        following = observation.copy()  # the true next states, also where an episode ends and `observation` is a start
         if "final_obs" in info:
             ended, statistics = info["_final_obs"], info["final_info"]["episode"]
-            following[ended] = np.stack(info["final_obs"][ended])
             episodes += zip(statistics["r"][ended], statistics["l"][ended], strict=True)
-        s2 = torch.as_tensor(following, dtype=torch.float32, device=device)
+        s2 = torch.as_tensor(true_next(observation, info), dtype=torch.float32, device=device)
         outcomes = s.new_tensor(np.stack([actions, rewards, terminated], 1))  # (E, 3)
         replay[:, (global_step - 1) % args.buffer_size] = torch.cat([s, s2, outcomes], 1)
         s = torch.as_tensor(observation, dtype=torch.float32, device=device)
@@ -507,9 +515,9 @@ def main(args: Args) -> None:
             continue
         seconds += time.perf_counter() - start
         returns = greedy_returns(eval_envs, q_net, device, seed=10_000 + args.seed).mean(1)  # (E,)
-        metrics = {"eval/return": returns.mean()}
+        metrics = {"eval/return": float(returns.mean())}
         if E > 1:
-            metrics |= {f"eval/return_{args.seed + e}": returns[e] for e in range(E)}
+            metrics |= {f"eval/return_{args.seed + e}": float(returns[e]) for e in range(E)}
         metrics |= {f"losses/{name}": torch.stack(x).mean().item() for name, x in losses.items() if x}
         metrics |= {"charts/SPS": (global_step - first_step) * E / seconds, "charts/epsilon": epsilon}
         metrics["charts/updates"] = updates
@@ -517,11 +525,8 @@ def main(args: Args) -> None:
             metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, 0).tolist()
         logger.log(global_step, metrics)
         episodes, losses = [], {name: [] for name in losses}
-        weights = {
-            "args": asdict(replace(args, resume=None)),
-            "networks": networks.state_dict(),
-            "global_step": global_step,
-        }
+        weights = {"args": asdict(replace(args, resume=None)), "networks": networks.state_dict()}
+        weights["global_step"] = global_step
         save_checkpoint(logger.path.with_name("checkpoint.pt"), weights | {
             "optimizer": optimizer.state_dict(), "model_optimizer": model_optimizer.state_dict(),
             "replay": replay[:, : min(global_step, args.buffer_size)].clone(), "rng": rng.get_state(),
@@ -533,7 +538,7 @@ def main(args: Args) -> None:
 
     if args.save_model:
         save_checkpoint(logger.path.with_name("agent.pt"), weights)
-    print(f"wrote {logger.path.parent}; python dyna_dqn.py --evaluate {logger.path.with_name('agent.pt')}")
+    print(f"wrote {logger.path}; to go on: --resume runs/{run_name}/checkpoint.pt and more --total-timesteps")
     logger.close()
     envs.close()
 
