@@ -3,18 +3,15 @@
 
 After each real step: one update of Q on replayed real transitions, then K more. `--planning replay` takes the K from
 the replay too (DQN with as many updates: the fair baseline), `model` imagines them: a network M(s, a) predicts Δs, r
-and termination, the states come from the replay, the actions from Q. `none` is DQN.
+and termination, the states come from the replay, the actions from Q. `none` is DQN. Different from tabular Dyna-Q:
+updates are minibatches with a target network, and the K batches of one real step are imagined in one go.
 
-Different from tabular Dyna-Q: updates are minibatches with a target network, and the K batches of one real step are
-imagined in one go, with the Q from before them.
-
-    python dyna_dqn.py --num-seeds 10                               # CartPole-v1, K = 7 imagined updates a real step
+    python dyna_dqn.py --num-seeds 10                               # ten runs of CartPole-v1 in lockstep, see below
     python dyna_dqn.py --planning replay --env-id Acrobot-v1        # the equal-updates baseline
     python dyna_dqn.py --env-id Sokoban-v0 --total-timesteps 20000  # one generated 5x5 level with one box
     python dyna_dqn.py --evaluate runs/NAME/agent.pt
 
-A small network costs what it takes to start an operation, not the arithmetic. So `--num-seeds E` trains E runs in
-lockstep, each tensor with an axis for the run.
+A small network costs what it takes to start an operation, not the arithmetic: each tensor has an axis for the run.
 
 Shapes: `E` runs, `B` batch, `K` planning steps, `A` actions, `S` features of a state, `N` size of the replay. A row is
 a transition (s, s', a, r, end): `R` = 2S + 3 numbers.
@@ -84,8 +81,7 @@ class Args:
     hidden: tuple[int, ...] = (64, 64)  # units of Q's hidden layers
     standardize: bool = True  # let Q read states in units of their spread in the replay
     size: int = 5  # Sokoban: board size
-    num_boxes: int = 1  # Sokoban: boxes
-    num_levels: int = 1  # Sokoban: generated levels to learn on
+    num_boxes: int = 1  # Sokoban: boxes of the one generated level
     eval_frequency: int = 500  # real steps between evaluations of the greedy policy: a row of metrics and a checkpoint
     eval_episodes: int = 10  # episodes of an evaluation
     stop_return: float | None = None  # stop once an evaluation of every run reaches this mean return
@@ -205,7 +201,7 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
     kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if video else {}
     try:
         if args.env_id == "Sokoban-v0":
-            levels, _ = sokoban_env.generate_levels(args.num_levels, size=args.size, num_boxes=args.num_boxes, seed=1)
+            levels, _ = sokoban_env.generate_levels(1, size=args.size, num_boxes=args.num_boxes, seed=1)
             kwargs |= {"size": args.size, "levels": levels}
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
         if video:
@@ -392,7 +388,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=saved_args(path)) if path else given
     least = {
         "seed": 0, "num_seeds": 1, "planning_steps": 0, "total_timesteps": 1, "buffer_size": 1, "batch_size": 1,
-        "train_frequency": 1, "target_network_frequency": 1, "num_levels": 1, "eval_frequency": 1, "eval_episodes": 1,
+        "train_frequency": 1, "target_network_frequency": 1, "eval_frequency": 1, "eval_episodes": 1,
     }  # fmt: skip
     for name, value in least.items():
         if getattr(args, name) < value:
@@ -433,9 +429,7 @@ def main(args: Args) -> None:
     first_step, updates, rows = 0, 0, []
     if state:
         if "replay" not in state or args.buffer_size != state["args"]["buffer_size"]:
-            sys.exit(
-                f"{path} can't go on: --resume takes a checkpoint.pt, with the --buffer-size that it was made with"
-            )
+            sys.exit(f"{path} can't go on: --resume takes a checkpoint.pt, and the --buffer-size of its run")
         first_step, updates, rows, run_name = (state[name] for name in ("global_step", "updates", "rows", "run_name"))
         if first_step >= args.total_timesteps:
             sys.exit(f"{path} has had all of its {first_step} steps: --evaluate it, or give more --total-timesteps")
