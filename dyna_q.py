@@ -454,8 +454,8 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
             episodes.append((global_step, info["episode"]["r"], info["episode"]["l"]))
             observation, _ = env.reset()
             s = number(observation)
-        last = global_step == args.total_timesteps or len(episodes) == args.num_episodes > 0
-        last = last or bool(watch and watch(global_step, backups, Q, ids))
+        stopped = bool(watch and watch(global_step, backups, Q, ids))
+        last = stopped or global_step == args.total_timesteps or len(episodes) == args.num_episodes > 0
         if logger and (last or global_step % args.log_frequency == 0):
             ended = episodes[row_episodes:]
             metrics = {
