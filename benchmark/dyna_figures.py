@@ -1,7 +1,7 @@
 """Chapter 8 of Sutton & Barto with dyna_q.py: figures 8.2, 8.4 and 8.5, prioritised sweeping, FrozenLake, Sokoban.
 
     OMP_NUM_THREADS=1 python benchmark/dyna_figures.py --parts maze changing --seeds 100
-    OMP_NUM_THREADS=1 python benchmark/dyna_figures.py --parts sweeping frozenlake sokoban speed --seeds 30
+    OMP_NUM_THREADS=1 python benchmark/dyna_figures.py --parts sweeping frozenlake sokoban --seeds 30
 
 Each part has a file benchmark/results/dyna_q_PART.csv with a row for each method and seed, its lines of
 dyna_q_summary.csv, and (the first four) a figure in docs/. A run whose row is in the file isn't repeated. Seeds are 1
@@ -11,7 +11,6 @@ to `--seeds`. Intervals are 95 %, Student's t over the seeds.
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +41,7 @@ Values = dict[str, np.ndarray]  # by method: a row of numbers for each seed
 
 @dataclass
 class Args:
-    parts: tuple[str, ...] = ("maze", "changing", "sweeping", "frozenlake", "sokoban", "speed")  # which to run
+    parts: tuple[str, ...] = ("maze", "changing", "sweeping", "frozenlake", "sokoban")  # which to run
     seeds: int = 100  # seeds 1 to N of every method
 
 
@@ -288,7 +287,7 @@ def frozenlake(seeds: int) -> None:
     save(figure, "frozenlake")
 
 
-# ------------------------------------------------------------------------------------------------- Sokoban, and speed
+# ------------------------------------------------------------------------------------------------------------- Sokoban
 
 
 def sokoban_run(seed: int, **flags: Any) -> list[float]:
@@ -304,17 +303,6 @@ def sokoban(seeds: int) -> None:
     methods = {f"K = {K}": {"planning_steps": K} for K in (0, 5, 50)}
     values = study("sokoban", sokoban_run, methods, seeds)
     summarize("sokoban", {f"{method}: real steps, median": float(np.median(v)) for method, v in values.items()})
-
-
-def speed_run(seed: int, **flags: Any) -> list[float]:
-    """Backups a second of a whole run, real steps included."""
-    start = time.perf_counter()
-    return [train(seed, planning_steps=50, total_timesteps=10_000, **flags)["backups"] / (time.perf_counter() - start)]
-
-
-def speed(seeds: int) -> None:
-    values = study("speed", speed_run, {rule: {"planning_action": rule} for rule in ("visited", "q")}, min(seeds, 5))
-    summarize("speed", {f"{rule}: backups a second, best of five": float(v.max()) for rule, v in values.items()})
 
 
 if __name__ == "__main__":
