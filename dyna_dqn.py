@@ -541,4 +541,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("stopped; python dyna_dqn.py --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")
+        sys.exit("stopped; --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")
