@@ -111,7 +111,7 @@ def draw(curves: dict[str, dict[int, Curve]]) -> None:
 
 @torch.no_grad()
 def model_errors(path: str) -> list[dict[str, Any]]:
-    """What each run's model gets wrong on a greedy episode of its own, which it never learned from.
+    """What each run's model gets wrong on its first evaluation episode, which it never learned from.
 
     delta_error is a root mean square in units of the spread of Δs, so that a model in which nothing moves has about 1;
     termination_error is the share of steps whose end, or none, is wrong.
@@ -123,7 +123,7 @@ def model_errors(path: str) -> list[dict[str, Any]]:
     env_model = dyna_dqn.DeltaModel(args.num_seeds, S, A)
     dyna_dqn.load_networks(q_net, path, "q_net.")
     dyna_dqn.load_networks(env_model, path, "env_model.")
-    observation, _ = envs.reset(seed=10_000 + args.seed)
+    observation, _ = envs.reset(seed=[10_000 + args.seed + e * args.eval_episodes for e in range(args.num_seeds)])
     running, total, count = np.ones(args.num_seeds, dtype=bool), np.zeros((3, args.num_seeds)), np.zeros(args.num_seeds)
     while running.any():
         s = torch.as_tensor(observation, dtype=torch.float32, device=device)[:, None]  # (E, 1, S)
