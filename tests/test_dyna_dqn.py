@@ -381,7 +381,7 @@ def test_ctrl_c_is_one_line(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tqdm.tqdm", stop)
-    with pytest.raises(SystemExit, match="^stopped; --resume") as error:
+    with pytest.raises(SystemExit, match=r"^stopped; --resume") as error:
         runpy.run_path(dyna_dqn.__file__, run_name="__main__")
     assert "\n" not in str(error.value)
 

@@ -304,7 +304,7 @@ def test_ctrl_c_is_one_line(monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["dyna_q.py", "--env-id", "TestCoin-v0"])
     monkeypatch.setattr("tqdm.tqdm", stop)
-    with pytest.raises(SystemExit, match="^stopped; the rows") as error:
+    with pytest.raises(SystemExit, match=r"^stopped; the rows") as error:
         runpy.run_path(dyna_q.__file__, run_name="__main__")
     assert "\n" not in str(error.value)
 
