@@ -301,7 +301,7 @@ def expected_target(outcomes: dict[tuple[float, int, bool], int], Q: list[list[f
     return total / sum(outcomes.values())
 
 
-def evaluate(args: Args) -> dict[str, np.ndarray]:
+def evaluate_table(args: Args) -> dict[str, np.ndarray]:
     """Returns and lengths of episodes by the greedy policy of a file, which acts at random in states it never saw."""
     state = load_checkpoint(args.evaluate, "cpu")
     Q, ids = state["Q"].tolist(), {key: s for s, key in enumerate(state["states"])}
@@ -310,7 +310,7 @@ def evaluate(args: Args) -> dict[str, np.ndarray]:
         changed = state["global_step"] >= env.unwrapped.change_step
         env.unwrapped.change_step = 0 if changed else math.inf  # the walls stay as the run left them
     actions, first = list(range(int(env.action_space.n))), int(env.action_space.start)
-    returns, lengths, cut = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes), 0
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
     for i in range(args.eval_episodes):
         observation, _ = env.reset(seed=args.seed if i == 0 else None)
         done = False
@@ -321,10 +321,9 @@ def evaluate(args: Args) -> dict[str, np.ndarray]:
             returns[i] += r
             lengths[i] += 1
             done = terminated or truncated
-        cut += not done
     half = 1.96 * returns.std() / math.sqrt(len(returns))
     print(f"greedy policy: return {returns.mean():.4g} ± {half:.2g}, {lengths.mean():.1f} steps an episode")
-    if cut:
+    if cut := int((lengths == EVALUATION_STEPS).sum()):
         print(f"{cut} of {len(returns)} episodes were cut after {EVALUATION_STEPS:,} steps")
     return {"returns": returns, "lengths": lengths}
 
@@ -348,7 +347,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int]], Any] | None = None) -> dict:
     """Train, or evaluate. `watch(global_step, backups, Q, ids)` sees each real step; True ends the run."""
     if args.evaluate:
-        return evaluate(args)
+        return evaluate_table(args)
     seed_everything(args.seed, args.torch_deterministic)
     run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}") if args.log_frequency else ""
     logger = Logger(args, run_name) if args.log_frequency else None

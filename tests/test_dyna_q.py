@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dyna_q
-from dyna_q import Args, evaluate, main, parse_args
+from dyna_q import Args, evaluate_table, main, parse_args
 
 
 class LoopEnv(gym.Env):
@@ -294,7 +294,7 @@ def test_an_evaluation_without_end_is_cut(monkeypatch, capsys):
     main(Args(total_timesteps=1))
     (path,) = pathlib.Path("runs").glob("*/agent.pt")
     monkeypatch.setattr(dyna_q, "EVALUATION_STEPS", 5)
-    assert evaluate(parse_args(["--evaluate", str(path), "--eval-episodes", "2"]))["lengths"].tolist() == [5, 5]
+    assert evaluate_table(parse_args(["--evaluate", str(path), "--eval-episodes", "2"]))["lengths"].tolist() == [5, 5]
     assert "2 of 2 episodes were cut after 5 steps" in capsys.readouterr().out
 
 
