@@ -3,26 +3,22 @@
 
 After each real step: one update of Q on replayed real transitions, then K more. `--planning replay` takes the K from
 the replay too (DQN with as many updates: the fair baseline), `model` imagines them: a network M(s, a) predicts Δs, r
-and termination, the states come from the replay, the actions from Q. `none` is DQN.
+and termination, the states come from the replay, the actions from Q. `none` is DQN. Different from tabular Dyna-Q:
+updates are minibatches with a target network, and the K batches of one real step are imagined in one go.
 
-Different from tabular Dyna-Q: updates are minibatches with a target network, and the K batches of one real step are
-imagined in one go, with the Q from before them.
-
-    python dyna_dqn.py --num-seeds 10                               # CartPole-v1, K = 7 imagined updates a real step
+    python dyna_dqn.py --num-seeds 10                               # ten runs of CartPole-v1 in lockstep, see below
     python dyna_dqn.py --planning replay --env-id Acrobot-v1        # the equal-updates baseline
     python dyna_dqn.py --env-id Sokoban-v0 --total-timesteps 20000  # one generated 5x5 level with one box
     python dyna_dqn.py --evaluate runs/NAME/agent.pt
 
-A small network costs what it takes to start an operation, not the arithmetic. So `--num-seeds E` trains E runs in
-lockstep, each tensor with an axis for the run: ten seeds take a quarter of the time of ten runs.
+A small network costs what it takes to start an operation, not the arithmetic: each tensor has an axis for the run.
 
-Shapes: `E` runs, `B` batch, `K` planning steps, `D` imagination depth, `A` actions, `S` features of a state, `N` size
-of the replay, `T` steps of an episode. A row is a transition (s, s', a, r, end): `R` = 2S + 3 numbers.
+Shapes: `E` runs, `B` batch, `K` planning steps, `A` actions, `S` features of a state, `N` size of the replay. A row is
+a transition (s, s', a, r, end): `R` = 2S + 3 numbers.
 """
 
 import contextlib
 import csv
-import functools
 import itertools
 import math
 import os
@@ -32,7 +28,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -46,18 +42,23 @@ from tqdm import tqdm
 
 import sokoban_env
 
+PLANNING_EPSILON = 0.5  # probability of a random action in imagination
+MODEL_HIDDEN, MODEL_LEARNING_RATE = (64, 64), 1e-3
+MODEL_UPDATES, MODEL_BATCH_SIZE = 2, 128  # after each real step
+MOST_STEPS = 10_000  # of an evaluated episode where the environment has no limit: a greedy policy can go on for ever
+
 
 @dataclass
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    exp_name: str = "dyna_dqn"  # the name of this experiment
     seed: int = 1  # seed of the experiment
     torch_deterministic: bool = True  # only deterministic algorithms
     cuda: bool = True  # use a GPU if there is one
     track: bool = False  # track the run in Weights and Biases
     wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
     wandb_entity: str | None = None  # the Weights and Biases team
-    capture_video: bool = False  # film episodes into videos/<run_name>
-    save_model: bool = False  # write runs/<run_name>/agent.pt at every evaluation: for --evaluate and --resume
+    capture_video: bool = False  # film episodes of the first run into videos/<run_name>
+    save_model: bool = True  # write agent.pt (weights only) at the end
 
     # Algorithm specific arguments
     num_seeds: int = 1  # independent runs E in lockstep, with seeds from --seed on
@@ -65,8 +66,6 @@ class Args:
     total_timesteps: int = 4000  # real steps
     planning: Literal["none", "replay", "model"] = "model"  # where further updates come from
     planning_steps: int = 7  # further updates K
-    planning_epsilon: float = 0.5  # probability of a random action in imagination
-    imagination_depth: int = 1  # steps D that the model is fed its own predictions
     learning_rate: float = 5e-4  # learning rate of Q
     buffer_size: int = 100_000  # transitions N of the replay
     gamma: float = 0.99  # discount
@@ -75,23 +74,18 @@ class Args:
     batch_size: int = 64  # transitions B of an update
     start_e: float = 1.0  # probability of a random action at the start
     end_e: float = 0.05  # and in the end
-    exploration_fraction: float = 0.25  # share of the real steps over which it falls
+    exploration_steps: int = 1000  # real steps over which it falls
     learning_starts: int = 500  # real steps before the first update
     train_frequency: int = 1  # real steps between updates
     double: bool = True  # double DQN; --no-double: DQN
     hidden: tuple[int, ...] = (64, 64)  # units of Q's hidden layers
     standardize: bool = True  # let Q read states in units of their spread in the replay
-    model_hidden: tuple[int, ...] = (64, 64)  # units of the model's hidden layers
-    model_learning_rate: float = 1e-3  # learning rate of the model
-    model_batch_size: int = 128  # transitions of an update of the model
-    model_updates: int = 2  # updates of the model after each real step
     size: int = 5  # Sokoban: board size
-    num_boxes: int = 1  # Sokoban: boxes
-    num_levels: int = 1  # Sokoban: generated levels to learn on (0: ever new ones)
-    eval_frequency: int = 500  # real steps between evaluations of the greedy policy, each a row of metrics
+    num_boxes: int = 1  # Sokoban: boxes of the one generated level
+    eval_frequency: int = 500  # real steps between evaluations of the greedy policy: a row of metrics and a checkpoint
     eval_episodes: int = 10  # episodes of an evaluation
-    stop_return: float | None = None  # stop once an evaluation of every run has reached this mean return
-    resume: str | None = None  # continue from this agent.pt, with its flags and a new episode
+    stop_return: float | None = None  # stop once an evaluation of every run reaches this mean return
+    resume: str | None = None  # continue from this checkpoint.pt, with its flags and a new episode
     evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
 
 
@@ -195,95 +189,71 @@ def saved_args(path: str) -> Any:
         sys.exit(f"{path} was written by another script, or another version of this one")
 
 
-def resumed_args(args: Any, path: str) -> Any:
-    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
-    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
-    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
-    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
-    names = [field.name for field in fields(Args)]
-    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
-    if wrong := given - beside:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
-        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
-    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
-
-
 # `cells` as four planes (wall, target, box, player), one row a cell value: lossless, and fewer than one-hot's seven
 CELL_PLANES = ((1, 0, 0, 0), (0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), (0, 0, 0, 1), (0, 1, 0, 1))
-
-
-@functools.cache
-def cell_table(device: torch.device) -> Tensor:
-    """CELL_PLANES on the device, copied there once."""
-    return torch.tensor(CELL_PLANES, dtype=torch.float32, device=device)
-
-
-def cell_planes(cells: Tensor) -> Tensor:
-    """Boards (..., H, W) of uint8 cells to network input (..., 4, H, W), float32 (channels last in memory: faster)."""
-    return F.embedding(cells.int(), cell_table(cells.device)).movedim(-1, -3)
 
 
 # ------------------------------------------------------------------------------------------------------ environments
 
 
 def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
-    """The environment of `args`, refused unless its states are vectors or Sokoban's cells, and its actions discrete."""
+    """The environment of `args`: actions from 0 on, rewards that are numbers, states that are vectors of their own."""
     kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if video else {}
     try:
         if args.env_id == "Sokoban-v0":
-            kwargs |= {"size": args.size, "num_boxes": args.num_boxes}
-            if args.num_levels:
-                size = {"size": args.size, "num_boxes": args.num_boxes}
-                kwargs["levels"], _ = sokoban_env.generate_levels(args.num_levels, seed=1, **size)
+            levels, _ = sokoban_env.generate_levels(1, size=args.size, num_boxes=args.num_boxes, seed=1)
+            kwargs |= {"size": args.size, "levels": levels}
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
         if video:
             env.reset()
             env.render()  # what is missing for it is said here
             env = gym.wrappers.RecordVideo(env, video)
-    except (gym.error.Error, ValueError, TypeError, ImportError) as e:
-        sys.exit(f"can't make --env-id {args.env_id}: {str(e).splitlines()[0]}")
-    if not isinstance(env.action_space, gym.spaces.Discrete):
-        sys.exit(f"{args.env_id} has the action space {env.action_space}, DQN needs a Discrete one: try CartPole-v1")
-    states = env.observation_space
-    cells = args.env_id == "Sokoban-v0"
-    if not cells and not (isinstance(states, gym.spaces.Box) and len(states.shape) == 1):
+    except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
+        sys.exit(f"can't make --env-id {args.env_id}: {(str(e) or repr(e)).splitlines()[0]}; try CartPole-v1")
+    actions, states = env.action_space, env.observation_space
+    if not isinstance(actions, gym.spaces.Discrete):
+        sys.exit(f"{args.env_id} has the action space {actions}, DQN needs a Discrete one: try CartPole-v1")
+    if args.env_id == "Sokoban-v0":
+        planes, states = np.array(CELL_PLANES, dtype=np.float32), gym.spaces.Box(0, 1, (4 * args.size**2,))
+        env = gym.wrappers.TransformObservation(env, lambda cells: planes[cells].transpose(2, 0, 1).ravel(), states)
+    elif not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
         sys.exit(f"{args.env_id} has the states {states}, dyna_dqn.py needs vectors: for discrete ones take dyna_q.py")
-    return env
+    env = gym.wrappers.TransformObservation(env, np.array, states)  # a copy: some environments fill one array again
+    env = gym.wrappers.TransformReward(env, lambda r: np.asarray(r, dtype=float).item())
+    env = gym.wrappers.TransformAction(env, lambda a: int(actions.start + a), gym.spaces.Discrete(actions.n))
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-def state_features(observations: Any, device: torch.device) -> Tensor:
-    """Observations (E, ...) as features (E, S): vectors as they are, Sokoban's cells as planes."""
-    observations = torch.as_tensor(np.asarray(observations), device=device)
-    return cell_planes(observations).flatten(1) if observations.ndim == 3 else observations.float()
+def make_feature_envs(args: Args, num: int, video: str | None = None) -> gym.vector.SyncVectorEnv:
+    """`num` of them, of which the first is filmed; one that ends an episode starts the next in the same step."""
+    makes = [lambda i=i: make_feature_env(args, None if i else video) for i in range(num)]
+    return gym.vector.SyncVectorEnv(makes, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def true_next(observation: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+    """What a step led to, also where it ended an episode and `observation` is the next one's first."""
+    following = observation.copy()
+    if "final_obs" in info:
+        following[info["_final_obs"]] = np.stack(info["final_obs"][info["_final_obs"]])
+    return following
 
 
 @torch.no_grad()
-def greedy_rollouts(
-    envs: list[gym.Env], q_net: nn.Module, num_runs: int, device: torch.device, seed: int
-) -> tuple[np.ndarray, Tensor, Tensor]:
-    """One greedy episode in each environment, as many for each of the E runs.
-
-    Returns:
-        returns (E, episodes), the rows (E, T, R) of each run's first episode, and which of them it had (E, T).
-    """
-    observations = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
-    returns, running, rows, masks = np.zeros(len(envs)), np.ones(len(envs), dtype=bool), [], []
-    firsts = slice(None, None, len(envs) // num_runs)
-    s = state_features(observations, device)  # (E * episodes, S)
-    while running.any():
-        actions = q_net(s.unflatten(0, (num_runs, -1))).argmax(-1).flatten()  # (E * episodes,)
-        rewards, ends, before = np.zeros(len(envs)), np.zeros(len(envs)), running.copy()
-        for i, a in enumerate(actions.tolist()):
-            if running[i]:
-                observations[i], rewards[i], terminated, truncated, _ = envs[i].step(a)
-                ends[i], running[i] = terminated, not (terminated or truncated)
-        returns += rewards
-        s2 = state_features(observations, device)
-        last = torch.as_tensor(np.stack([rewards, ends], 1), dtype=torch.float32, device=device)
-        rows.append(torch.cat([s, s2, actions[:, None], last], 1)[firsts])
-        masks.append(torch.as_tensor(before[firsts]))
-        s = s2
-    return returns.reshape(num_runs, -1), torch.stack(rows, 1), torch.stack(masks, 1).to(device)
+def greedy_returns(envs: gym.vector.SyncVectorEnv, q_net: nn.Module, device: torch.device, seed: int) -> np.ndarray:
+    """Returns (E, episodes) of one greedy episode in each environment, as many for each of the E runs."""
+    observation, _ = envs.reset(seed=seed)
+    num_runs, limit = len(q_net.mean), envs.envs[0].unwrapped.spec.max_episode_steps or MOST_STEPS
+    returns, running, step = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), 0
+    while running.any() and step < limit:
+        s = torch.as_tensor(observation, dtype=torch.float32, device=device).unflatten(0, (num_runs, -1))
+        actions = q_net(s).argmax(-1).flatten()  # (E * episodes,)
+        observation, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+        returns += rewards * running
+        running &= ~(terminated | truncated)
+        step += 1
+    if running.any():
+        print(f"{running.sum()} evaluated episodes were cut after {step:,} steps: wrap the environment in a TimeLimit")
+    return returns.reshape(num_runs, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -330,10 +300,10 @@ class DeltaModel(nn.Module):
     from (s, a).
     """
 
-    def __init__(self, num_runs: int, num_features: int, num_actions: int, hidden: tuple[int, ...]) -> None:
+    def __init__(self, num_runs: int, num_features: int, num_actions: int) -> None:
         super().__init__()
-        self.net = RunsMLP(num_runs, [num_features + num_actions, *hidden, num_features + 1])
-        self.end_net = RunsMLP(num_runs, [num_features, *hidden, 1])
+        self.net = RunsMLP(num_runs, [num_features + num_actions, *MODEL_HIDDEN, num_features + 1])
+        self.end_net = RunsMLP(num_runs, [num_features, *MODEL_HIDDEN, 1])
         self.num_actions = num_actions
         self.register_buffer("delta_std", torch.ones(num_runs, 1, num_features))
 
@@ -353,6 +323,16 @@ class DeltaModel(nn.Module):
         return self.end_net(s2).squeeze(-1)
 
 
+def load_networks(networks: nn.Module, path: str, prefix: str = "") -> None:
+    """Load a file's weights whose names start with `prefix`; exits if they are of other parts or sizes."""
+    saved = load_checkpoint(path, "cpu")["networks"]
+    weights = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
+    try:
+        networks.load_state_dict(weights)
+    except RuntimeError as e:
+        sys.exit(f"{path} was made with other parts or sizes than these flags: {str(e).splitlines()[1].strip()}")
+
+
 # --------------------------------------------------------------------------------------------------------- algorithm
 
 
@@ -363,7 +343,7 @@ def split_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def dqn_loss(
-    q_net: nn.Module, target_net: nn.Module, rows: Tensor, weight: Tensor | None, gamma: float, double: bool
+    q_net: nn.Module, target_net: nn.Module, rows: Tensor, gamma: float, double: bool
 ) -> tuple[Tensor, Tensor]:
     """Means (E,) of (r + γ (1 - end) Q'(s', a*) - Q(s, a))² and of Q(s, a), with a* = argmax_a Q(s', a).
 
@@ -376,8 +356,7 @@ def dqn_loss(
         best = (q_net(s2) if double else next_q).argmax(-1, keepdim=True)
         target = r + gamma * (1 - end) * next_q.gather(-1, best).squeeze(-1)
     q = q_net(s).gather(-1, a[..., None]).squeeze(-1)
-    error = (q - target) ** 2
-    return (error if weight is None else error * weight).mean(1), q.detach().mean(1)
+    return ((q - target) ** 2).mean(1), q.detach().mean(1)
 
 
 def delta_model_loss(env_model: DeltaModel, rows: Tensor) -> Tensor:
@@ -390,160 +369,106 @@ def delta_model_loss(env_model: DeltaModel, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def imagine_rows(
-    q_net: nn.Module, env_model: DeltaModel, s: Tensor, depth: int, epsilon: float, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Rows (E, D * B, R) imagined from states (E, B, S), acting ε-greedily by Q, and their weights (E, D * B).
-
-    A weight is the probability that the imagined episode got as far as this step.
-    """
-    rows, weights, weight = [], [], torch.ones(s.shape[:2], device=s.device)
-    for _ in range(depth):
-        q = q_net(s)  # (E, B, A)
-        explore = torch.rand(s.shape[:2], generator=rng, device=s.device) < epsilon
-        random_action = torch.randint(q.shape[-1], s.shape[:2], generator=rng, device=s.device)
-        a = torch.where(explore, random_action, q.argmax(-1))
-        delta, r = env_model(s, a)  # s', r, end = M(s, a)
-        s2 = s + delta * env_model.delta_std
-        end = env_model.end_logit(s2).sigmoid()
-        rows.append(torch.cat([s, s2, torch.stack([a.float(), r, end], -1)], -1))
-        weights.append(weight)
-        s, weight = s2, weight * (1 - end)
-    return torch.cat(rows, 1), torch.cat(weights, 1)
+def imagine_rows(q_net: nn.Module, env_model: DeltaModel, s: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:
+    """Rows (E, B, R) of imagined steps from states (E, B, S), acting ε-greedily by Q; `end` is a probability."""
+    q = q_net(s)  # (E, B, A)
+    explore = torch.rand(s.shape[:2], generator=rng, device=s.device) < epsilon
+    random_action = torch.randint(q.shape[-1], s.shape[:2], generator=rng, device=s.device)
+    a = torch.where(explore, random_action, q.argmax(-1))
+    delta, r = env_model(s, a)  # s', r, end = M(s, a)
+    s2 = s + delta * env_model.delta_std
+    end = env_model.end_logit(s2).sigmoid()
+    return torch.cat([s, s2, torch.stack([a.float(), r, end], -1)], -1)
 
 
-@torch.no_grad()
-def model_errors(env_model: DeltaModel, rows: Tensor, mask: Tensor) -> dict[str, list[float]]:
-    """What each run's model gets wrong on rows (E, T, R) that it never learned from, where `mask` (E, T) says so.
-
-    A delta_error of 1 is about that of a model in which nothing moves.
-    """
-    s, a, r, s2, end = split_rows(rows)
-    delta, reward = env_model(s, a)
-    wrong = (env_model.end_logit(s + delta * env_model.delta_std) > 0) != (end > 0)
-    squares = (((delta - (s2 - s) / env_model.delta_std) ** 2).mean(-1), (reward - r) ** 2, wrong.float())
-    delta_error, reward_error, end_error = ((x * mask).sum(1) / mask.sum(1) for x in squares)  # (E,) each
-    return {
-        "model/delta_error": delta_error.sqrt().tolist(),
-        "model/reward_error": reward_error.sqrt().tolist(),
-        "model/termination_error": end_error.tolist(),
-    }
-
-
-def check_dyna_dqn(args: Args) -> None:
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line, over the flags of the checkpoint to resume or evaluate."""
+    given = tyro.cli(Args, args=argv)
+    path = given.resume or given.evaluate
+    args = tyro.cli(Args, args=argv, default=saved_args(path)) if path else given
     least = {
-        "seed": 0, "num_seeds": 1, "planning_steps": 0, "imagination_depth": 1, "total_timesteps": 1, "buffer_size": 1,
-        "batch_size": 1, "learning_starts": 0, "train_frequency": 1, "target_network_frequency": 1,
-        "model_updates": 1, "model_batch_size": 1, "num_levels": 0, "eval_frequency": 1, "eval_episodes": 1,
+        "seed": 0, "num_seeds": 1, "planning_steps": 0, "total_timesteps": 1, "buffer_size": 1, "batch_size": 1,
+        "train_frequency": 1, "target_network_frequency": 1, "eval_frequency": 1, "eval_episodes": 1,
     }  # fmt: skip
     for name, value in least.items():
         if getattr(args, name) < value:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {value} or more")
-    for name in ("learning_rate", "model_learning_rate"):
-        if getattr(args, name) <= 0:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    if min(*args.hidden, *args.model_hidden, 1) < 1:
-        sys.exit(f"--hidden {args.hidden} --model-hidden {args.model_hidden}: a layer has at least one unit")
-    for name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction", "planning_epsilon"):
+    for name in ("gamma", "tau", "start_e", "end_e"):
         if not 0 <= getattr(args, name) <= 1:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
-    if args.imagination_depth > 1 and (args.planning != "model" or args.batch_size % args.imagination_depth):
-        sys.exit(f"--imagination-depth {args.imagination_depth} needs --planning model, and must divide --batch-size")
+    return args
 
 
-def main(args: Args) -> list[dict[str, Any]]:
-    """Train, or evaluate; returns the rows of metrics, evaluations with a number for each run."""
-    check_dyna_dqn(args)
+def main(args: Args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
-    if state is not None:
-        args = resumed_args(args, path)
     seed_everything(args.seed, args.torch_deterministic)
-    E, K, B, D = args.num_seeds, args.planning_steps, args.batch_size, args.imagination_depth
-    eval_envs = [make_feature_env(args) for _ in range(E * args.eval_episodes)]
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}"
-    run_name = state["run_name"] if state else new_run(name)
-    envs = [make_feature_env(args, f"videos/{run_name}-{e}" if args.capture_video else None) for e in range(E)]
-    A = int(envs[0].action_space.n)
-    s = state_features([env.reset(seed=args.seed + e)[0] for e, env in enumerate(envs)], device)  # (E, S)
-    S = s.shape[1]
-
-    q_net, target_net = (RunsMLP(E, [S, *args.hidden, A]).to(device) for _ in range(2))
+    E, K, B = args.num_seeds, args.planning_steps, args.batch_size
+    eval_envs = make_feature_envs(args, E * args.eval_episodes)
+    A, S = int(eval_envs.single_action_space.n), eval_envs.single_observation_space.shape[0]
+    networks = nn.ModuleDict({
+        "q_net": RunsMLP(E, [S, *args.hidden, A]),
+        "target_net": RunsMLP(E, [S, *args.hidden, A]),
+        "env_model": DeltaModel(E, S, A),
+    }).to(device)  # fmt: skip
+    q_net, target_net, env_model = networks["q_net"], networks["target_net"], networks["env_model"]
     target_net.load_state_dict(q_net.state_dict())
-    env_model = DeltaModel(E, S, A, args.model_hidden).to(device)
-    optimizer = torch.optim.Adam(q_net.parameters(), lr=args.learning_rate, fused=True)
-    model_optimizer = torch.optim.Adam(env_model.parameters(), lr=args.model_learning_rate, fused=True)
-    modules = {
-        "q_net": q_net, "target_net": target_net, "env_model": env_model, "optimizer": optimizer,
-        "model_optimizer": model_optimizer,
-    }  # fmt: skip
-    replay = torch.zeros(E, args.buffer_size, 2 * S + 3, device=device)  # (E, N, R)
-    rng, coin = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
-    done_steps, updates = 0, 0
-    if state is not None:
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        done_steps, updates = state["global_step"], state["updates"]
-        replay[:, : state["replay"].shape[1]] = state["replay"]
-        rng.set_state(state["rng"].cpu())
-        coin.seed(f"{args.seed} {done_steps}")
-        if args.resume and done_steps >= args.total_timesteps:
-            sys.exit(f"{path} has had all of its {done_steps} steps: --evaluate it, or give more --total-timesteps")
+    if state:
+        load_networks(networks, path)
     if args.evaluate:
-        returns, _, _ = greedy_rollouts(eval_envs, q_net, E, device, seed=10_000 + args.seed)
+        returns = greedy_returns(eval_envs, q_net, device, seed=10_000 + args.seed)
         half = 1.96 * returns.std() / math.sqrt(returns.size)
         print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
-        return [{"eval/return": returns.mean(1).tolist()}]
-    logger = Logger(args, run_name, state["rows"] if state else ())
+        return
 
-    episodes: list[tuple[float, int]] = []  # (return, length) of those since the last row
-    losses: dict[str, list[Tensor]] = {"td_loss": [], "q_values": [], "model_loss": []}
-    episodic_return, episodic_length, reached = [0.0] * E, [0] * E, np.zeros(E, dtype=bool)
-    results: list[dict[str, Any]] = []
-    runs = torch.arange(E, device=device)[:, None]
-    start = time.perf_counter()
+    optimizer = torch.optim.Adam(q_net.parameters(), lr=args.learning_rate, fused=True)
+    model_optimizer = torch.optim.Adam(env_model.parameters(), lr=MODEL_LEARNING_RATE, fused=True)
+    replay = torch.zeros(E, args.buffer_size, 2 * S + 3, device=device)  # (E, N, R)
+    rng, coin = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
+    first_step, updates, rows = 0, 0, []
+    if state:
+        if "replay" not in state or args.buffer_size != state["args"]["buffer_size"]:
+            sys.exit(f"{path} can't go on: --resume takes a checkpoint.pt, and the --buffer-size of its run")
+        first_step, updates, rows, run_name = (state[name] for name in ("global_step", "updates", "rows", "run_name"))
+        if first_step >= args.total_timesteps:
+            sys.exit(f"{path} has had all of its {first_step} steps: --evaluate it, or give more --total-timesteps")
+        optimizer.load_state_dict(state["optimizer"])
+        model_optimizer.load_state_dict(state["model_optimizer"])
+        replay[:, : state["replay"].shape[1]] = state["replay"]
+        rng.set_state(state["rng"].cpu())
+        coin.seed(f"{args.seed} {first_step}")
+    else:
+        run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}")
+    envs = make_feature_envs(args, E, f"videos/{run_name}" if args.capture_video else None)
+    logger = Logger(args, run_name, rows)
 
     def sampled(num: int) -> Tensor:
         """Rows (E, num, R) out of the replay."""
         size = min(global_step, args.buffer_size)
         return replay[runs, torch.randint(size, (E, num), generator=rng, device=device)]
 
-    def planned() -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The K batches (E, B, R) of a real step, with their weights (E, B)."""
-        if args.planning == "replay" and K:
-            yield from ((rows, None) for rows in sampled(K * B).split(B, 1))
-        elif args.planning == "model" and K:
-            states = sampled(K * B // D)[..., :S]
-            rows, weights = imagine_rows(q_net, env_model, states, D, args.planning_epsilon, rng)
-            # (E, D * K * (B / D), R): batch k holds the D steps of its own B / D states
-            rows = rows.unflatten(1, (D, K, -1)).permute(2, 0, 1, 3, 4).flatten(2, 3)  # (K, E, B, R)
-            weights = weights.unflatten(1, (D, K, -1)).permute(2, 0, 1, 3).flatten(2, 3)  # (K, E, B)
-            yield from zip(rows, weights, strict=True)
-
-    for global_step in tqdm(range(done_steps + 1, args.total_timesteps + 1), disable=not sys.stderr.isatty()):
+    runs = torch.arange(E, device=device)[:, None]
+    episodes: list[tuple[float, int]] = []  # (return, length) of those since the last row
+    losses: dict[str, list[Tensor]] = {"td_loss": [], "q_values": [], "model_loss": []}
+    observation, _ = envs.reset(seed=args.seed)
+    s = torch.as_tensor(observation, dtype=torch.float32, device=device)  # (E, S)
+    start, seconds = time.perf_counter(), 0.0
+    for global_step in tqdm(range(first_step + 1, args.total_timesteps + 1), disable=not sys.stderr.isatty()):
         # 1. Act: a_t by Q, ε-greedily.
-        duration = args.exploration_fraction * args.total_timesteps
-        epsilon = max(args.end_e, args.start_e + (args.end_e - args.start_e) * global_step / max(1, duration))
+        fall = (args.end_e - args.start_e) * global_step / max(1, args.exploration_steps)
+        epsilon = max(args.end_e, args.start_e + fall)
         with torch.no_grad():
-            actions = q_net(s[:, None]).argmax(-1).flatten().tolist()  # (E,)
-        actions = [coin.randrange(A) if coin.random() < epsilon else a for a in actions]
-        observations, starts, outcomes = [], [], []
-        for e, a in enumerate(actions):
-            observation, r, terminated, truncated, _ = envs[e].step(a)
-            observations.append(observation)
-            outcomes.append((a, float(r), terminated))
-            episodic_return[e] += float(r)
-            episodic_length[e] += 1
-            if terminated or truncated:
-                episodes.append((episodic_return[e], episodic_length[e]))
-                episodic_return[e], episodic_length[e] = 0.0, 0
-                observation, _ = envs[e].reset()
-            starts.append(observation)
-        # s' is the true next state, also where the episode ends; the next step starts from `starts`
-        s2 = state_features(observations, device)
-        replay[:, (global_step - 1) % args.buffer_size] = torch.cat([s, s2, s.new_tensor(outcomes)], 1)
-        s = state_features(starts, device)
+            greedy = q_net(s[:, None]).argmax(-1).flatten().tolist()  # (E,)
+        actions = np.array([coin.randrange(A) if coin.random() < epsilon else a for a in greedy])
+        observation, rewards, terminated, _, info = envs.step(actions)
+        if "final_obs" in info:
+            ended, statistics = info["_final_obs"], info["final_info"]["episode"]
+            episodes += zip(statistics["r"][ended], statistics["l"][ended], strict=True)
+        s2 = torch.as_tensor(true_next(observation, info), dtype=torch.float32, device=device)
+        outcomes = s.new_tensor(np.stack([actions, rewards, terminated], 1))  # (E, 3)
+        replay[:, (global_step - 1) % args.buffer_size] = torch.cat([s, s2, outcomes], 1)
+        s = torch.as_tensor(observation, dtype=torch.float32, device=device)
 
         if global_step > args.learning_starts and global_step % args.train_frequency == 0:
             if updates == 0 or global_step % 100 == 0:
@@ -554,15 +479,20 @@ def main(args: Args) -> list[dict[str, Any]]:
                     target_net.standardize(known[..., :S])
             # 2. Model: M(s, a) <- (Δs, r, end), on replayed real transitions.
             if args.planning == "model":
-                for _ in range(args.model_updates):
-                    model_loss = delta_model_loss(env_model, sampled(args.model_batch_size))  # (E,)
+                for _ in range(MODEL_UPDATES):
+                    model_loss = delta_model_loss(env_model, sampled(MODEL_BATCH_SIZE))  # (E,)
                     model_optimizer.zero_grad()
                     model_loss.sum().backward()  # the sum: each run has its own gradient
                     model_optimizer.step()
                 losses["model_loss"].append(model_loss.detach())
-            # 3. Learn from a real batch, and 4. plan, K times.
-            for rows, weight in [(sampled(B), None), *planned()]:
-                loss, q_values = dqn_loss(q_net, target_net, rows, weight, args.gamma, args.double)  # (E,)
+            # 3. Learn from a real batch, and 4. plan: K more, real or imagined.
+            batches = [sampled(B)]
+            if args.planning == "replay" and K:
+                batches += sampled(K * B).split(B, 1)
+            elif args.planning == "model" and K:
+                batches += imagine_rows(q_net, env_model, sampled(K * B)[..., :S], PLANNING_EPSILON, rng).split(B, 1)
+            for batch in batches:
+                loss, q_values = dqn_loss(q_net, target_net, batch, args.gamma, args.double)  # (E,)
                 optimizer.zero_grad()
                 loss.sum().backward()
                 optimizer.step()
@@ -575,38 +505,40 @@ def main(args: Args) -> list[dict[str, Any]]:
                 for target, parameter in zip(target_net.parameters(), q_net.parameters(), strict=True):
                     target.lerp_(parameter, args.tau)
 
-        if global_step % args.eval_frequency == 0 or global_step == args.total_timesteps:
-            seconds = time.perf_counter() - start
-            returns, rows, mask = greedy_rollouts(eval_envs, q_net, E, device, seed=10_000 + args.seed)
-            result: dict[str, Any] = {"eval/return": returns.mean(1).tolist()}  # (E,)
-            result |= {f"losses/{name}": torch.stack(x).mean(0).tolist() for name, x in losses.items() if x}
-            if args.planning == "model":
-                result |= model_errors(env_model, rows, mask)
-            metrics = {name: sum(values) / E for name, values in result.items()}
-            metrics |= {"charts/SPS": (global_step - done_steps) * E / seconds, "charts/epsilon": epsilon}
-            metrics["charts/updates"] = updates
-            if episodes:
-                metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, 0).tolist()
-            logger.log(global_step, metrics)
-            results.append({"global_step": global_step, **metrics, **result})
-            episodes, losses = [], {name: [] for name in losses}
-            start += time.perf_counter() - start - seconds  # the time of an evaluation doesn't count
-            if args.save_model:
-                state = {name: module.state_dict() for name, module in modules.items()}
-                state |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "updates": updates}
-                state |= {"rng": rng.get_state(), "rows": logger.rows}
-                state["replay"] = replay[:, : min(global_step, args.buffer_size)].clone()
-                save_checkpoint(logger.path.with_name("agent.pt"), state)
-            reached |= returns.mean(1) >= (math.inf if args.stop_return is None else args.stop_return)
-            if reached.all():
-                break
-    if args.save_model and results:
-        print(f"wrote {logger.path.with_name('agent.pt')}")
+        if global_step % args.eval_frequency and global_step < args.total_timesteps:
+            continue
+        seconds += time.perf_counter() - start
+        returns = greedy_returns(eval_envs, q_net, device, seed=10_000 + args.seed).mean(1)  # (E,)
+        metrics = {"eval/return": float(returns.mean())}
+        if E > 1:
+            metrics |= {f"eval/return_{args.seed + e}": float(returns[e]) for e in range(E)}
+        metrics |= {f"losses/{name}": torch.stack(x).mean().item() for name, x in losses.items() if x}
+        metrics |= {"charts/SPS": (global_step - first_step) * E / seconds, "charts/epsilon": epsilon}
+        metrics["charts/updates"] = updates
+        if episodes:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, 0).tolist()
+        logger.log(global_step, metrics)
+        episodes, losses = [], {name: [] for name in losses}
+        weights = {"args": asdict(replace(args, resume=None)), "networks": networks.state_dict()}
+        weights["global_step"] = global_step
+        save_checkpoint(logger.path.with_name("checkpoint.pt"), weights | {
+            "optimizer": optimizer.state_dict(), "model_optimizer": model_optimizer.state_dict(),
+            "replay": replay[:, : min(global_step, args.buffer_size)].clone(), "rng": rng.get_state(),
+            "run_name": run_name, "rows": logger.rows, "updates": updates,
+        })  # fmt: skip
+        if args.stop_return is not None and returns.min() >= args.stop_return:
+            break
+        start = time.perf_counter()
+
+    if args.save_model:
+        save_checkpoint(logger.path.with_name("agent.pt"), weights)
+    print(f"wrote {logger.path}; to go on: --resume runs/{run_name}/checkpoint.pt and more --total-timesteps")
     logger.close()
-    for env in envs:
-        env.close()
-    return results
+    envs.close()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")

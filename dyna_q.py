@@ -10,10 +10,10 @@ action q, the rule of the lecture that this project follows). Sutton & Barto's r
     python dyna_q.py --planning-steps 50 --planning-action visited         # the book's Dyna maze
     python dyna_q.py --env-id ShortcutMaze-v0 --alpha 1 --planning-steps 50 --kappa 1e-3 --planning-action visited
     python dyna_q.py --env-id FrozenLake-v1 --model counts --planning-steps 20 --gamma 0.99 --total-timesteps 20000
-    python dyna_q.py --env-id Sokoban-v0 --gamma 0.99 --planning-steps 50 --save-model
+    python dyna_q.py --env-id Sokoban-v0 --gamma 0.99 --planning-steps 50
     python dyna_q.py --evaluate runs/NAME/agent.pt
 
-`K` planning steps; `s`, `a` are numbers. Tables are lists of lists: reading one cell of an array costs ten times more.
+`s`, `a` are numbers. Tables are lists of lists: reading one cell of an array costs ten times more.
 """
 
 import contextlib
@@ -38,10 +38,12 @@ from tqdm import tqdm
 
 import sokoban_env
 
+EVALUATION_STEPS = 1000  # after which an episode of an evaluation is cut: a greedy path can be a circle
+
 
 @dataclass
 class Args:
-    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    exp_name: str = "dyna_q"  # the name of this experiment
     seed: int = 1  # seed of the experiment
     torch_deterministic: bool = True  # only deterministic algorithms
     cuda: bool = True  # has no effect here: tables live on the CPU
@@ -49,7 +51,7 @@ class Args:
     wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
     wandb_entity: str | None = None  # the Weights and Biases team
     capture_video: bool = False  # film episodes into videos/<run_name>
-    save_model: bool = False  # write the table to runs/<run_name>/agent.pt at the end
+    save_model: bool = True  # write the table to runs/<run_name>/agent.pt at the end
 
     # Algorithm specific arguments
     env_id: str = "DynaMaze-v0"  # a maze (Dyna, Blocking, Shortcut), or any with discrete states, actions
@@ -64,11 +66,7 @@ class Args:
     kappa: float = 0.0  # Dyna-Q+: planning adds kappa * sqrt(real steps since a pair was tried)
     prioritized: bool = False  # prioritised sweeping: the largest errors first, and backwards from them
     theta: float = 1e-4  # prioritised sweeping: the smallest error that enters the queue
-    maze_scale: int = 1  # mazes: each cell becomes so many cells a side
-    size: int = 6  # Sokoban: board size
-    num_boxes: int = 1  # Sokoban: boxes
-    level_seed: int = 11  # Sokoban: which generated level, the same in every episode
-    log_frequency: int = 1000  # real steps between rows of metrics (0: none)
+    log_frequency: int = 1000  # real steps between rows of metrics (0: write no files at all)
     evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
     eval_episodes: int = 100  # episodes of an evaluation
 
@@ -176,116 +174,100 @@ def saved_args(path: str) -> Any:
 # ------------------------------------------------------------------------------------------------------ environments
 
 # `S` start, `G` goal, `#` wall. Figures 8.2, 8.4 and 8.5 of the book.
-DYNA_MAZE = """
-.......#G
-..#....#.
-S.#....#.
-..#......
-.....#...
-.........
-"""
-CHANGING_MAZE = """
-........G
-.........
-.........
-{row}
-.........
-...S.....
-"""
+DYNA_MAZE = """\
+###########
+#.......#G#
+#..#....#.#
+#S.#....#.#
+#..#......#
+#.....#...#
+#.........#
+###########"""
+CHANGING_MAZE = """\
+###########
+#........G#
+#.........#
+#.........#
+#{row}#
+#.........#
+#...S.....#
+###########"""
 
 
 class MazeEnv(gym.Env):
     """A grid world: up, down, right, left; reward 1 at the goal, which ends the episode, and 0 elsewhere.
 
-    After `change_step` steps, counted over all episodes, the walls become those of `later`.
+    After `change_step` steps, counted over all episodes, the walls become those of `later`. A state is the number of a
+    character of the maze's text.
     """
 
-    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 8}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 8}
 
     def __init__(
-        self, maze: str, later: str | None = None, change_step: float = math.inf, scale: int = 1,
-        render_mode: str | None = None,
-    ) -> None:  # fmt: skip
-        self.grids = [np.array([list(row) for row in (text or maze).split()]) for text in (maze, later)]
-        self.grids = [grid.repeat(scale, 0).repeat(scale, 1) for grid in self.grids]
-        self.change_step, self.render_mode, self.age = change_step, render_mode, 0
-        self.height, self.width = self.grids[0].shape
-        self.start = int((self.grids[0] == "S").argmax())  # the first cell of a scaled start; the goal keeps them all
-        self.observation_space = gym.spaces.Discrete(self.height * self.width)
-        self.action_space = gym.spaces.Discrete(4)
-        self.ahead = [[self._move(grid, s) for s in range(grid.size)] for grid in self.grids]  # [walls][state][action]
-        self.goal = [bool(cell == "G") for cell in self.grids[0].ravel()]
-
-    def _move(self, grid: np.ndarray, s: int) -> list[int]:
-        """Where each action leads: one cell on, or nowhere if a wall or the edge is there."""
-        y, x = divmod(s, self.width)
-        cells = [(y - 1, x), (y + 1, x), (y, x + 1), (y, x - 1)]
-        inside = [0 <= i < self.height and 0 <= j < self.width and grid[i, j] != "#" for i, j in cells]
-        return [i * self.width + j if free else s for (i, j), free in zip(cells, inside, strict=True)]
+        self, maze: str, later: str | None = None, change_step: float = math.inf, render_mode: str | None = None
+    ) -> None:
+        self.mazes, self.change_step, self.age = (maze, later or maze), change_step, 0
+        self.render_mode, width = render_mode, maze.index("\n") + 1
+        self.moves = (-width, width, 1, -1)
+        self.observation_space, self.action_space = gym.spaces.Discrete(len(maze)), gym.spaces.Discrete(4)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         super().reset(seed=seed)
-        self.s = self.start
+        self.s = self.mazes[0].index("S")
         return self.s, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        self.s = self.ahead[self.age >= self.change_step][self.s][action]
+        maze = self.mazes[self.age >= self.change_step]
+        ahead = self.s + self.moves[action]
+        if maze[ahead] != "#":
+            self.s = ahead
         self.age += 1
-        return self.s, float(self.goal[self.s]), self.goal[self.s], False, {}
+        goal = maze[self.s] == "G"
+        return self.s, float(goal), goal, False, {}
 
-    def render(self) -> Any:
-        grid = self.grids[int(self.age >= self.change_step)].copy()
-        grid.flat[self.s] = "@"
-        if self.render_mode == "ansi":
-            return "\n".join("".join(row) for row in grid)
+    def render(self) -> np.ndarray:
+        maze = self.mazes[self.age >= self.change_step]
+        rows = (maze[: self.s] + "@" + maze[self.s + 1 :]).split()
         ink = {"#": (0, 0, 0), "G": (254, 126, 125), "@": (160, 212, 56)}
-        pixels = np.array([[ink.get(cell, (243, 248, 238)) for cell in row] for row in grid], dtype=np.uint8)
+        pixels = np.array([[ink.get(cell, (243, 248, 238)) for cell in row] for row in rows], dtype=np.uint8)
         return pixels.repeat(16, 0).repeat(16, 1)
 
 
-MAZES = {
-    "DynaMaze-v0": {"maze": DYNA_MAZE},
-    "BlockingMaze-v0": {
-        "maze": CHANGING_MAZE.format(row="########."), "later": CHANGING_MAZE.format(row=".########"),
-        "change_step": 1000,
-    },
-    "ShortcutMaze-v0": {
-        "maze": CHANGING_MAZE.format(row=".########"), "later": CHANGING_MAZE.format(row=".#######."),
-        "change_step": 3000,
-    },
-}  # fmt: skip
-for name, kwargs in MAZES.items():
-    gym.register(name, entry_point=MazeEnv, kwargs=kwargs)
+GAP_LEFT, GAP_RIGHT, GAPS = (CHANGING_MAZE.format(row=row) for row in (".########", "########.", ".#######."))
+gym.register("DynaMaze-v0", entry_point=MazeEnv, kwargs={"maze": DYNA_MAZE})
+gym.register("BlockingMaze-v0", entry_point=lambda **kwargs: MazeEnv(GAP_RIGHT, GAP_LEFT, 1000, **kwargs))
+gym.register("ShortcutMaze-v0", entry_point=lambda **kwargs: MazeEnv(GAP_LEFT, GAPS, 3000, **kwargs))
 
 
 def make_table_env(args: Args, video: str | None = None) -> gym.Env:
-    """The environment of `args`, refused unless its states and actions can be counted."""
-    kwargs: dict[str, Any] = {"scale": args.maze_scale} if args.env_id in MAZES else {}
-    kwargs |= {"render_mode": "rgb_array"} if video else {}
+    """The environment of `args`, filmed into the folder `video`; refused unless states and actions can be counted."""
+    kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if video else {}
+    if args.env_id == "Sokoban-v0":  # one level, the same in every episode
+        kwargs |= {"size": 6, "levels": sokoban_env.generate_levels(1, size=6, num_boxes=1, seed=11)[0]}
     try:
-        if args.env_id == "Sokoban-v0":
-            levels, _ = sokoban_env.generate_levels(1, size=args.size, num_boxes=args.num_boxes, seed=args.level_seed)
-            kwargs |= {"levels": levels, "size": args.size}
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+        env = gym.wrappers.TransformReward(env, lambda r: np.asarray(r, dtype=float).item())
         if video:
             env.reset()
             env.render()  # what is missing for it is said here
             env = gym.wrappers.RecordVideo(env, video)
-    except (gym.error.Error, ValueError, TypeError, ImportError) as e:
-        sys.exit(f"can't make --env-id {args.env_id}: {str(e).splitlines()[0]}; this file's own are {', '.join(MAZES)}")
-    states, actions = env.observation_space, env.action_space
-    if not isinstance(actions, gym.spaces.Discrete):
-        sys.exit(f"{args.env_id} has the action space {actions}, tables need a Discrete one: take dyna_q's mazes")
+    except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
+        sys.exit(f"can't make --env-id {args.env_id}: {(str(e) or repr(e)).splitlines()[0]}; try DynaMaze-v0")
+    states, discrete = env.observation_space, gym.spaces.Discrete
     parts = states.spaces if isinstance(states, gym.spaces.Tuple) else [states]
-    countable = len(parts) == 1 and isinstance(states, gym.spaces.Box) and states.dtype.kind in "iu"
-    if not countable and not all(isinstance(p, gym.spaces.Discrete) for p in parts):
+    board = isinstance(states, gym.spaces.Box) and states.dtype.kind in "iu"
+    if not isinstance(env.action_space, discrete):
+        sys.exit(f"{args.env_id} has the action space {env.action_space}, tables need a Discrete one: try DynaMaze-v0")
+    if not board and not all(isinstance(part, discrete) for part in parts):
         sys.exit(f"{args.env_id} has the states {states}, tables need discrete ones: for vectors take dyna_dqn.py")
-    return env
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-def state_key(observation: Any) -> Any:
-    """What identifies a state: an observation itself, or an array's bytes."""
-    return observation.tobytes() if isinstance(observation, np.ndarray) else observation
+def state_key(observation: Any) -> int | str | tuple[int, ...]:
+    """What identifies a state: a number, several, or an array's bytes as text."""
+    if isinstance(observation, np.ndarray):
+        return observation.tobytes().hex()
+    return tuple(map(int, observation)) if isinstance(observation, tuple) else int(observation)
 
 
 # --------------------------------------------------------------------------------------------------------- algorithm
@@ -319,70 +301,60 @@ def expected_target(outcomes: dict[tuple[float, int, bool], int], Q: list[list[f
     return total / sum(outcomes.values())
 
 
-def greedy_episodes(
-    env: gym.Env, Q: list[list[float]], ids: dict[Any, int], num: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns and lengths of `num` episodes by the greedy policy, which acts at random in states it never saw."""
-    rng, limit = random.Random(seed), 1000  # a greedy path can be a circle
+def evaluate_table(args: Args) -> dict[str, np.ndarray]:
+    """Returns and lengths of episodes by the greedy policy of a file, which acts at random in states it never saw."""
+    state = load_checkpoint(args.evaluate, "cpu")
+    Q, ids = state["Q"].tolist(), {key: s for s, key in enumerate(state["states"])}
+    env, uniform = make_table_env(args), random.Random(args.seed).random
+    if isinstance(env.unwrapped, MazeEnv):
+        changed = state["global_step"] >= env.unwrapped.change_step
+        env.unwrapped.change_step = 0 if changed else math.inf  # the walls stay as the run left them
     actions, first = list(range(int(env.action_space.n))), int(env.action_space.start)
-    returns, lengths = np.zeros(num), np.zeros(num, dtype=int)
-    for i in range(num):
-        observation, _ = env.reset(seed=seed if i == 0 else None)
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    for i in range(args.eval_episodes):
+        observation, _ = env.reset(seed=args.seed if i == 0 else None)
         done = False
-        while not done and lengths[i] < limit:
+        while not done and lengths[i] < EVALUATION_STEPS:
             s = ids.get(state_key(observation))
-            q = Q[s] if s is not None else [0.0] * len(actions)
-            observation, r, terminated, truncated, _ = env.step(first + greedy_action(q, actions, rng.random))
+            q = [0.0] * len(actions) if s is None else Q[s]
+            observation, r, terminated, truncated, _ = env.step(first + greedy_action(q, actions, uniform))
             returns[i] += r
             lengths[i] += 1
             done = terminated or truncated
-    return returns, lengths
+    half = 1.96 * returns.std() / math.sqrt(len(returns))
+    print(f"greedy policy: return {returns.mean():.4g} ± {half:.2g}, {lengths.mean():.1f} steps an episode")
+    if cut := int((lengths == EVALUATION_STEPS).sum()):
+        print(f"{cut} of {len(returns)} episodes were cut after {EVALUATION_STEPS:,} steps")
+    return {"returns": returns, "lengths": lengths}
 
 
-def check_dyna_q(args: Args) -> None:
-    if args.planning_steps < 0:
-        sys.exit(f"--planning-steps {args.planning_steps}: K is 0 (Q-learning) or more")
-    for name in ("epsilon", "gamma"):
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line, over the flags of the file to evaluate."""
+    path = tyro.cli(Args, args=argv).evaluate
+    args = tyro.cli(Args, args=argv, default=saved_args(path) if path else Args())
+    least = {"seed": 0, "planning_steps": 0, "kappa": 0, "theta": 0, "total_timesteps": 1, "eval_episodes": 1}
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {value} or more")
+    for name in ("alpha", "gamma", "epsilon"):
         if not 0 <= getattr(args, name) <= 1:
             sys.exit(f"--{name} {getattr(args, name)}: must be from 0 to 1")
-    if not 0 < args.alpha <= 1:
-        sys.exit(f"--alpha {args.alpha}: must be above 0 and at most 1")
-    for name in ("seed", "kappa", "theta", "num_episodes", "log_frequency"):
-        if getattr(args, name) < 0:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
-    for name in ("total_timesteps", "maze_scale", "eval_episodes"):
-        if getattr(args, name) < 1:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.prioritized and args.planning_steps == 0:
-        sys.exit("--prioritized learns by planning alone: give it --planning-steps of 1 or more")
-    if args.prioritized and args.kappa:
-        sys.exit("--prioritized and --kappa don't go together: a bonus that grows with time would outdate the queue")
+    if args.prioritized and (args.planning_steps == 0 or args.kappa):
+        sys.exit("--prioritized needs --planning-steps of 1 or more, and no --kappa: its bonus would outdate the queue")
+    return args
 
 
 def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int]], Any] | None = None) -> dict:
     """Train, or evaluate. `watch(global_step, backups, Q, ids)` sees each real step; True ends the run."""
-    check_dyna_q(args)
     if args.evaluate:
-        state = load_checkpoint(args.evaluate, "cpu")
-        env = make_table_env(saved_args(args.evaluate))
-        if isinstance(env.unwrapped, MazeEnv):
-            changed = state["global_step"] >= env.unwrapped.change_step
-            env.unwrapped.change_step = 0 if changed else math.inf  # the walls stay as the run left them
-        ids = {bytes.fromhex(k) if isinstance(k, str) else k: i for i, k in enumerate(state["states"])}
-        returns, lengths = greedy_episodes(env, state["Q"].tolist(), ids, args.eval_episodes, args.seed)
-        half = 1.96 * returns.std() / math.sqrt(len(returns))
-        print(f"greedy policy: return {returns.mean():.4g} ± {half:.2g}, {lengths.mean():.1f} steps an episode")
-        return {"returns": returns, "lengths": lengths}
-
-    keeps = args.log_frequency or args.save_model or args.capture_video
-    run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}") if keeps else ""
+        return evaluate_table(args)
     seed_everything(args.seed, args.torch_deterministic)
-    rng = random.Random(args.seed)
-    uniform = rng.random  # int(uniform() * n) is the fastest way to an integer
+    run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}") if args.log_frequency else ""
+    logger = Logger(args, run_name) if args.log_frequency else None
     env = make_table_env(args, f"videos/{run_name}" if args.capture_video else None)
-    logger = Logger(args, run_name) if args.log_frequency or args.save_model else None
     actions, first = list(range(int(env.action_space.n))), int(env.action_space.start)
     alpha, gamma, epsilon, kappa, K = args.alpha, args.gamma, args.epsilon, args.kappa, args.planning_steps
+    uniform = random.Random(args.seed).random  # int(uniform() * n) is the fastest way to an integer
 
     ids: dict[Any, int] = {}  # the number s of each state, in the order of appearance
     Q: list[list[float]] = []  # Q[s][a]
@@ -395,6 +367,7 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
     priority: dict[tuple[int, int], float] = {}  # the P with which a pair is in the queue; others of it are outdated
 
     def number(observation: Any) -> int:
+        """The number of a state; a new one gets its rows in the tables."""
         key = state_key(observation)
         if key not in ids:
             ids[key] = len(ids)
@@ -412,21 +385,19 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
             heapq.heappush(queue, (-P, s, a))
 
     episodes: list[tuple[int, float, int]] = []  # (global_step, return, length) of each
-    episodic_return, episodic_length, backups, logged, errors = 0.0, 0, 0, 0, 0.0
+    backups, error_sum, row_step, row_episodes = 0, 0.0, 0, 0  # the last two: where the last row of metrics stood
     observation, _ = env.reset(seed=args.seed)
     s = number(observation)
     start = time.perf_counter()
     for global_step in tqdm(range(1, args.total_timesteps + 1), disable=not sys.stderr.isatty()):
         # 1. Act: a_t by Q, ε-greedily.
         a = actions[int(uniform() * len(actions))] if uniform() < epsilon else greedy_action(Q[s], actions, uniform)
-        observation, r, terminated, truncated, _ = env.step(first + a)
-        r, s2, terminated = float(r), number(observation), bool(terminated)
-        episodic_return += r
-        episodic_length += 1
+        observation, r, terminated, truncated, info = env.step(first + a)
+        s2, terminated = number(observation), bool(terminated)
 
         # 2. Learn: ΔQ(s_t,a_t) = α (r_{t+1} + γ max_a Q(s_{t+1},a) - Q(s_t,a_t)). Only `terminated` ends the bootstrap.
         error = (r if terminated else r + gamma * max(Q[s2])) - Q[s][a]
-        errors += abs(error)
+        error_sum += abs(error)
         if not args.prioritized:  # there, this backup goes through the queue like all others
             Q[s][a] += alpha * error
             backups += 1
@@ -479,43 +450,38 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
 
         s = s2
         if terminated or truncated:
-            episodes.append((global_step, episodic_return, episodic_length))
-            episodic_return, episodic_length = 0.0, 0
+            episodes.append((global_step, info["episode"]["r"], info["episode"]["l"]))
             observation, _ = env.reset()
             s = number(observation)
-        if watch is not None and watch(global_step, backups, Q, ids):
-            break
-        if args.log_frequency and global_step % args.log_frequency == 0:
-            seconds, ended = time.perf_counter() - start, episodes[logged:]
+        stopped = bool(watch and watch(global_step, backups, Q, ids))
+        last = stopped or global_step == args.total_timesteps or len(episodes) == args.num_episodes > 0
+        if logger and (last or global_step % args.log_frequency == 0):
+            ended = episodes[row_episodes:]
             metrics = {
-                "charts/SPS": global_step / seconds, "charts/backups_per_second": backups / seconds,
-                "charts/backups": backups, "charts/states": len(visited),
-                "losses/td_error": errors / args.log_frequency, "losses/q_values": sum(map(max, Q)) / len(Q),
+                "charts/SPS": global_step / (time.perf_counter() - start), "charts/backups": backups,
+                "losses/td_error": error_sum / (global_step - row_step), "losses/q_values": sum(map(max, Q)) / len(Q),
             }  # fmt: skip
             if ended:
                 metrics["charts/episodic_return"] = sum(episode[1] for episode in ended) / len(ended)
                 metrics["charts/episodic_length"] = sum(episode[2] for episode in ended) / len(ended)
             logger.log(global_step, metrics)
-            logged, errors = len(episodes), 0.0
-        if len(episodes) == args.num_episodes > 0:
+            row_step, row_episodes, error_sum = global_step, len(episodes), 0.0
+        if last:
             break
-    seconds = time.perf_counter() - start
 
-    if args.save_model:
-        keys = [key.hex() if isinstance(key, bytes) else key for key in ids]
-        state = {
-            "args": asdict(args),
-            "Q": torch.tensor(Q, dtype=torch.float64),
-            "states": keys,
-            "global_step": global_step,
-        }
-        save_checkpoint(logger.path.with_name("agent.pt"), state)
-        print(f"wrote {logger.path.with_name('agent.pt')}")
-    if logger is not None:
+    if logger:
+        path = logger.path.with_name("agent.pt")
+        if args.save_model:
+            tables = {"Q": torch.tensor(Q, dtype=torch.float64), "states": list(ids)}
+            save_checkpoint(path, {"args": asdict(args), "global_step": global_step} | tables)
+        print(f"wrote {path if args.save_model else logger.path}")
         logger.close()
     env.close()
-    return {"Q": Q, "ids": ids, "M": M, "episodes": episodes, "backups": backups, "seconds": seconds}
+    return {"Q": Q, "ids": ids, "M": M, "episodes": episodes, "backups": backups}
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("stopped; the rows of metrics are kept under runs/, the table is not: run it again, it takes seconds")

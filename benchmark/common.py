@@ -36,7 +36,10 @@ def half_interval(values: Sequence[float]) -> float:
     """Half of the 95 % interval of the mean (Student's t); nan for a single value."""
     if len(values) < 2:
         return math.nan
-    return STUDENT[len(values) - 1] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    n, z = len(values) - 1, 1.959964
+    # beyond the table: Cornish and Fisher's expansion about the normal quantile
+    t = STUDENT.get(n) or z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    return t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def wilson(share: float, number: int, z: float = 1.96) -> tuple[float, float]:

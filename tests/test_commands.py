@@ -58,8 +58,12 @@ PROGRAMS = {
         "--report-only",
         "benchmark/results/distral_tabular_summary.csv docs/distral_tabular.png docs/distral_tabular_arrows.png",
     ),
-    "benchmark/dyna_figures.py": ("--seeds 3", "benchmark/results/dyna_q_maze.csv docs/dyna_q_maze.png"),
-    "benchmark/dyna_neural.py": ("--report-only", "benchmark/results/dyna_dqn_summary.csv docs/dyna_dqn.png"),
+    "benchmark/dyna_figures.py --parts maze": ("--seeds 2", "benchmark/results/dyna_q_maze.csv docs/dyna_q_maze.png"),
+    "benchmark/dyna_figures.py --parts sweeping": (
+        "--seeds 2",
+        "benchmark/results/dyna_q_sweeping.csv docs/dyna_q_sweeping.png",
+    ),
+    "benchmark/dyna_neural.py": ("", "benchmark/results/dyna_dqn_table.csv docs/dyna_dqn.png"),
     "benchmark/run.py": (
         "--seeds 1 --flags='--total-timesteps 1128 --num-envs 8 --model-frames 1000 --model-steps 2 --eval-episodes 4 "
         "--max-episode-steps 32'",
@@ -102,7 +106,6 @@ NOT_RUN = {
     "torchrun --nproc-per-node 4 i2a.py --preset paper": "needs four GPUs; tests/test_i2a_runs.py runs two processes",
     "python tools/sokoban.py play": "needs a terminal and somebody who plays",
     "python tools/sokoban.py play --size 7 --num-boxes 1": "needs a terminal and somebody who plays",
-    "python benchmark/dyna_neural.py --speed": "measures for minutes, in fixed amounts",
     "python benchmark/env_speed.py --peer-pythons GYM_SOKOBAN_PYTHON JUMANJI_PYTHON --peer-seconds 20 --seconds 0.3": (
         "needs interpreters with gym-sokoban and Jumanji; measures for minutes"
     ),

@@ -1,7 +1,9 @@
-"""dyna_dqn.py: losses by hand, gradients of the model, imagination, rows at episode ends, checkpoints, flags."""
+"""dyna_dqn.py: losses and gradients by hand, imagination, the loop watched from inside, awkward environments, files."""
 
-import random
-import sys
+import copy
+import csv
+import itertools
+import runpy
 
 import gymnasium as gym
 import numpy as np
@@ -10,22 +12,27 @@ import torch
 import torch.nn as nn
 
 import dyna_dqn
-from dyna_dqn import Args, DeltaModel, RunsMLP, delta_model_loss, dqn_loss, imagine_rows, main
+from dyna_dqn import Args, DeltaModel, RunsMLP, delta_model_loss, dqn_loss, greedy_returns, imagine_rows, main
 
-SMALL = {"hidden": (16,), "model_hidden": (16,), "eval_episodes": 2, "learning_starts": 50, "batch_size": 16}
+SMALL = {"hidden": (16,), "eval_episodes": 2, "learning_starts": 50, "batch_size": 16, "planning_steps": 2}
 
 
 class RampEnv(gym.Env):
-    """State (t, episode), both scaled; action 1 adds to t what action 0 doesn't. Ends by itself after `end` steps."""
+    """State (t / 10, episode / 100, real steps / 1000); action 1 adds to t what action 0 doesn't; ends after 7 steps.
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), dtype=np.float32)
-    action_space = gym.spaces.Discrete(2)
+    Awkward as `kind` says: it ends by truncation or never, fills one array again, counts actions from 3, pays arrays.
+    """
 
-    def __init__(self, end: int = 7, truncates: bool = False) -> None:
-        self.end, self.truncates, self.episode = end, truncates, 0
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), dtype=np.float32)
+
+    def __init__(self, kind: str = "") -> None:
+        self.kind, self.episode, self.steps, self.first = kind, 0, 0, 3 if kind == "start" else 0
+        self.action_space = gym.spaces.Discrete(2, start=self.first)
+        self.buffer = np.zeros(3, dtype=np.float32)
 
     def _observe(self):
-        return np.array([self.t / 10, self.episode / 100], dtype=np.float32)
+        self.buffer[:] = self.t / 10, self.episode / 100, self.steps / 1000
+        return self.buffer if self.kind == "reused" else self.buffer.copy()
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -34,14 +41,23 @@ class RampEnv(gym.Env):
         return self._observe(), {}
 
     def step(self, action):
-        self.t += 1 + int(action)
+        assert action in self.action_space and isinstance(action, int)
+        self.t += 1 + action - self.first
         self.count += 1
-        end = self.count == self.end
-        return self._observe(), 1.0, end and not self.truncates, end and self.truncates, {}
+        self.steps += 1
+        end = self.count == 7 and self.kind != "endless"
+        reward = float(self.t == 1)
+        return self._observe(), np.array([reward]) if self.kind == "arrays" else reward, (
+            end and self.kind != "truncated"), end and self.kind == "truncated", {}  # fmt: skip
 
 
-gym.register("TestRamp-v0", entry_point=RampEnv)
-gym.register("TestRampTruncated-v0", entry_point=RampEnv, kwargs={"truncates": True})
+for kind in ("", "truncated", "endless", "reused", "start", "arrays"):
+    gym.register(f"TestRamp{kind}-v0", entry_point=RampEnv, kwargs={"kind": kind})
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 class TableNet(nn.Module):
@@ -59,7 +75,7 @@ def row(s: list[float], s2: list[float], a: int, r: float, end: float) -> torch.
     return torch.tensor([[[*s, *s2, float(a), r, end]]])
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+# ------------------------------------------------------------------------------------------------- losses, networks
 
 
 def test_dqn_targets_by_hand():
@@ -70,30 +86,17 @@ def test_dqn_targets_by_hand():
         (1.0, True, 0.5),  # terminated
         (0.25, True, 0.5 + 0.9 * 0.75 * 10),  # a probability, as the model gives it
     ):
-        loss, q = dqn_loss(online, target, row([0], [1], 1, 0.5, end), None, 0.9, double)
+        loss, q = dqn_loss(online, target, row([0], [1], 1, 0.5, end), 0.9, double)
         assert loss.item() == pytest.approx((expected - 2.0) ** 2, rel=1e-6)
         assert q.item() == 2.0
-
-
-def test_only_q_of_the_taken_action_learns_and_the_target_is_a_constant():
-    online, target = TableNet([[1.0, 2.0], [5.0, 3.0]]), TableNet([[0.0, 0.0], [10.0, 20.0]])
-    dqn_loss(online, target, row([0], [1], 1, 0.5, 0), None, 0.9, True)[0].backward()
+    online.zero_grad()
+    rows = torch.cat([row([0], [1], 1, 0.5, 0), row([0], [1], 1, 0.5, 0)], 1)  # the mean of two equal ones
+    dqn_loss(online, target, rows, 0.9, True)[0].backward()
     np.testing.assert_allclose(online.table.grad, [[0, 2 * (2.0 - 9.5)], [0, 0]], rtol=1e-6)
     assert target.table.grad is None
 
 
-def test_the_loss_is_a_mean_and_weights_scale_it():
-    online = TableNet([[1.0, 2.0], [0.0, 0.0]])
-    rows = torch.cat([row([0], [1], 0, 0.0, 1), row([0], [1], 1, 0.0, 1)], 1)  # errors 1 and 2
-    assert dqn_loss(online, online, rows, None, 0.9, True)[0].item() == 2.5
-    assert dqn_loss(online, online, rows.repeat(1, 3, 1), None, 0.9, True)[0].item() == 2.5
-    assert dqn_loss(online, online, rows, torch.tensor([[1.0, 0.5]]), 0.9, True)[0].item() == 1.5
-
-
-# ------------------------------------------------------------------------------------------------- runs in lockstep
-
-
-def test_runs_are_separate_networks_with_separate_gradients():
+def test_runs_are_separate_networks_that_start_like_torchs_own():
     torch.manual_seed(1)
     net, x = RunsMLP(2, [3, 5, 4]), torch.randn(2, 7, 3)
     for e in range(2):
@@ -103,63 +106,13 @@ def test_runs_are_separate_networks_with_separate_gradients():
         torch.testing.assert_close(net(x)[e], own(x[e]))
     net(x)[1].sum().backward()
     assert all((p.grad[0] == 0).all() and (p.grad[1] != 0).any() for p in net.parameters())
+    values = RunsMLP(50, [4, 120]).weights[0]
+    assert values.abs().max() <= 0.5 and values.std().item() == pytest.approx(0.5 / 3**0.5, rel=0.05)
 
 
-def test_networks_start_like_torchs_own():
-    torch.manual_seed(1)
-    net, own = RunsMLP(50, [4, 120]), nn.Linear(4, 120)
-    for values, reference in ((net.weights[0], own.weight), (net.biases[0], own.bias)):
-        assert values.abs().max() <= 0.5 and values.std().item() == pytest.approx(reference.std().item(), rel=0.1)
-
-
-@pytest.mark.parametrize("planning", ["replay", "model"])
-def test_lockstep_runs_learn_apart(tmp_path, monkeypatch, planning):
-    monkeypatch.chdir(tmp_path)
-    rows = main(Args(**SMALL | {"num_seeds": 3, "planning": planning, "total_timesteps": 100, "eval_frequency": 50,
-                                "planning_steps": 2, "save_model": True}))  # fmt: skip
-    assert len(rows[-1]["eval/return"]) == 3 and len(set(rows[-1]["losses/td_loss"])) == 3
-    (path,) = tmp_path.glob("runs/*/agent.pt")
-    replay = torch.load(path, weights_only=True)["replay"]
-    assert replay.shape == (3, 100, 11) and not torch.equal(replay[0], replay[1])
-    # a row goes on where the last one of the same run stopped, unless that ended
-    for run in replay:
-        goes_on = run[:-1, 10] == 0
-        torch.testing.assert_close(run[:-1, 4:8][goes_on], run[1:, :4][goes_on])
-
-
-# ----------------------------------------------------------------------------------------------------------- the model
-
-
-def random_rows(num: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    rng = torch.Generator().manual_seed(1)
-    s = torch.randn(num, 3, generator=rng, dtype=dtype)
-    s2 = s + torch.tensor([0.1, 2.0, 0.0], dtype=dtype) * torch.randn(num, 3, generator=rng, dtype=dtype)
-    a = torch.randint(2, (num, 1), generator=rng).to(dtype)
-    r, end = torch.randn(num, 1, generator=rng, dtype=dtype), (torch.rand(num, 1, generator=rng) < 0.3).to(dtype)
-    return torch.cat([s, s2, a, r, end], 1)[None]
-
-
-def test_model_gradients_match_finite_differences():
-    torch.manual_seed(1)
-    rows = random_rows(12, torch.float64)
-    model = DeltaModel(1, 3, 2, (8,)).double()
-    model.standardize(rows[..., :3], rows[..., 3:6])
-    loss = delta_model_loss(model, rows)
-    loss.backward()
-    for parameter in model.parameters():
-        flat, grad = parameter.data.view(-1), parameter.grad.view(-1)
-        for i in range(0, len(flat), max(1, len(flat) // 5)):
-            old = flat[i].item()
-            values = []
-            for step in (1e-6, -1e-6):
-                flat[i] = old + step
-                values.append(delta_model_loss(model, rows).item())
-            flat[i] = old  # no ReLU has its kink within a step of 1e-6 here
-            assert (values[0] - values[1]) / 2e-6 == pytest.approx(grad[i].item(), rel=1e-4, abs=1e-7)
-
-
-def test_model_loss_by_hand():
-    model = DeltaModel(1, 1, 2, ())  # one linear layer on (s, one-hot a)
+def test_model_loss_by_hand(monkeypatch):
+    monkeypatch.setattr(dyna_dqn, "MODEL_HIDDEN", ())
+    model = DeltaModel(1, 1, 2)  # one linear layer on (s, one-hot a)
     with torch.no_grad():
         model.net.weights[0].zero_()
         model.net.biases[0].copy_(torch.tensor([5.0, 0.5]))  # Δs = 5 spreads, r = .5
@@ -170,211 +123,285 @@ def test_model_loss_by_hand():
     assert loss.item() == pytest.approx((5 - 1) ** 2 + 0.25 - np.log(0.75), rel=1e-6)
 
 
-def test_standardize_takes_the_scales_and_leaves_constants_alone():
-    rows = random_rows(4000)
-    model = DeltaModel(1, 3, 2, (8,))
-    model.standardize(rows[..., :3], rows[..., 3:6])
-    np.testing.assert_allclose(model.net.std[0, 0, :3], 1.0, atol=0.05)
-    assert (model.net.std[0, 0, 3:] == 1).all()  # the action's one-hot stays as it is
-    np.testing.assert_allclose(model.delta_std[0, 0], [0.1, 2.0, 1.0], rtol=0.05)
-
-
 class ExactModel(DeltaModel):
     """Moves by +1 for action 1 and -1 for action 0, pays s, ends with probability 1/4."""
 
     def forward(self, s, a):
-        return (2.0 * a - 1)[..., None], s[..., 0]
+        return (a - 0.5)[..., None], s[..., 0]
 
     def end_logit(self, s2):
         return torch.full_like(s2[..., 0], -np.log(3.0))
 
 
-def test_imagination_acts_by_q_and_feeds_predictions_back():
-    q_net = TableNet([[0.0, 1.0], [1.0, 0.0], *[[0.0, 1.0]] * 5])  # from 1 down, from all others up
-    model = ExactModel(1, 1, 2, ())
-    rng = torch.Generator().manual_seed(1)
-    expected = [[0, 1, 1, 0], [2, 3, 1, 2], [1, 0, 0, 1], [3, 4, 1, 3], [0, 1, 1, 0], [4, 5, 1, 4]]  # (s, s', a, r)
-    rows, weights = imagine_rows(q_net, model, torch.tensor([[[0.0], [2.0]]]), 3, 0.0, rng)
-    np.testing.assert_allclose(rows[0, :, :4], expected)
-    np.testing.assert_allclose(rows[0, :, 4], 0.25, rtol=1e-6)
-    np.testing.assert_allclose(weights[0], [1, 1, 0.75, 0.75, 0.5625, 0.5625], rtol=1e-6)
+def test_imagination_acts_by_q_and_explores_as_told():
+    q_net = TableNet([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])  # from 1 down, from the others up
+    model, rng = ExactModel(1, 1, 2), torch.Generator().manual_seed(1)
+    model.delta_std.fill_(2.0)
+    rows = imagine_rows(q_net, model, torch.tensor([[[0.0], [1.0], [2.0]]]), 0.0, rng)
+    np.testing.assert_allclose(rows[0], [[0, 1, 1, 0, 0.25], [1, 0, 0, 1, 0.25], [2, 3, 1, 2, 0.25]], rtol=1e-6)
     assert not rows.requires_grad
-
-
-def test_imagination_explores_as_told():
-    q_net, model = TableNet([[0.0, 1.0]]), ExactModel(1, 1, 2, ())
-    rng = torch.Generator().manual_seed(1)
-    for epsilon, share in ((0.0, 0.0), (0.5, 0.25), (1.0, 0.5)):
-        rows, _ = imagine_rows(q_net, model, torch.zeros(1, 4000, 1), 1, epsilon, rng)
+    for epsilon, share in ((0.5, 0.25), (1.0, 0.5)):
+        rows = imagine_rows(q_net, model, torch.zeros(1, 4000, 1), epsilon, rng)
         assert (rows[0, :, 2] == 0).float().mean().item() == pytest.approx(share, abs=0.03)
 
 
-# ------------------------------------------------------------------------------------------------ the loop, watched
+def test_greedy_returns_are_those_of_each_run_and_its_first_episodes():
+    net = RunsMLP(2, [3, 2])  # run 0 always takes action 1, run 1 action 0; only that one is paid, once an episode
+    with torch.no_grad():
+        net.weights[0].zero_()
+        net.biases[0].copy_(torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]))
+    envs = dyna_dqn.make_feature_envs(Args(env_id="TestRamp-v0"), 6)
+    assert greedy_returns(envs, net, torch.device("cpu"), seed=1).tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
-def watched(monkeypatch, **kwargs) -> list[torch.Tensor]:
-    """The rows of every update of Q in a run."""
-    seen, loss = [], dqn_loss
+# ---------------------------------------------------------------------------------------------- the loop, watched
 
-    def watch(q_net, target_net, rows, weight, gamma, double):
-        seen.append(rows[0].clone())
-        return loss(q_net, target_net, rows, weight, gamma, double)
 
-    monkeypatch.setattr(dyna_dqn, "dqn_loss", watch)
-    main(Args(**SMALL | {"env_id": "TestRamp-v0", "total_timesteps": 80, "eval_frequency": 80} | kwargs))
+def run(**flags) -> tuple[dict, list[dict[str, float]]]:
+    """A run's checkpoint and rows of metrics."""
+    flags = SMALL | {"env_id": "TestRamp-v0", "total_timesteps": 80, "eval_frequency": 80} | flags
+    main(Args(**flags))
+    folder = max(dyna_dqn.pathlib.Path("runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    rows = [{k: float(v) for k, v in r.items() if v} for r in csv.DictReader((folder / "metrics.csv").open())]
+    return torch.load(folder / "checkpoint.pt", weights_only=True), rows
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """watched["q"], watched["model"]: a record of every update, made by the loss that the loop calls."""
+    seen: dict[str, list[dict]] = {"q": [], "model": [], "imagined": []}
+    losses = {"q": dqn_loss, "model": delta_model_loss}
+
+    def record(kind, net, rows, loss, **others):
+        parameters = list(net.parameters())
+        if seen[kind]:
+            seen[kind][-1]["used"] = [p.grad.clone() for p in parameters]
+        seen[kind].append({"rows": rows[0].clone(), "net": copy.deepcopy(net), **others,
+                           "gradient": torch.autograd.grad(loss.sum(), parameters, retain_graph=True)})  # fmt: skip
+
+    def q(q_net, target_net, rows, *others):
+        result = losses["q"](q_net, target_net, rows, *others)
+        record("q", q_net, rows, result[0], target=copy.deepcopy(target_net), others=others)
+        return result
+
+    def model(env_model, rows):
+        result = losses["model"](env_model, rows)
+        record("model", env_model, rows, result)
+        return result
+
+    def imagine(q_net, env_model, s, epsilon, rng):
+        seen["imagined"].append((copy.deepcopy(q_net), s.clone(), epsilon))
+        return imagine_rows(q_net, env_model, s, epsilon, rng)
+
+    for name, function in (("dqn_loss", q), ("delta_model_loss", model), ("imagine_rows", imagine)):
+        monkeypatch.setattr(dyna_dqn, name, function)
     return seen
 
 
-@pytest.mark.parametrize("env_id", ["TestRamp-v0", "TestRampTruncated-v0"])
-def test_no_row_crosses_a_reset(tmp_path, monkeypatch, env_id):
-    monkeypatch.chdir(tmp_path)
-    rows = torch.cat(watched(monkeypatch, env_id=env_id, planning="replay", planning_steps=3))
-    s, s2 = rows[:, :2], rows[:, 2:4]
-    assert torch.equal(s[:, 1], s2[:, 1])  # the episode's number
-    torch.testing.assert_close(s2[:, 0] - s[:, 0], (1 + rows[:, 4]) / 10)  # no teleport to t = 0
-    last = rows[:, 6] == 1
-    assert bool(last.any()) == (env_id == "TestRamp-v0")  # a truncation is no `end`, a termination is
+def same(net, other) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(net.parameters(), other.parameters(), strict=True))
 
 
-def test_imagined_states_are_real_ones(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    seen = watched(monkeypatch, planning="model", planning_steps=4, imagination_depth=1)
-    real = {tuple(np.round(x, 4)) for rows in seen[::5] for x in rows[:, :2].tolist()}
-    imagined = [tuple(np.round(x, 4)) for rows in seen[1::5] for x in rows[:, :2].tolist()]
-    steps = {round(t, 1) for t, _ in imagined}
-    assert len(real & set(imagined)) > 10 and steps <= {round(0.1 * t, 1) for t in range(14)}
+@pytest.mark.parametrize("kind", ["", "truncated", "reused", "start", "arrays"])
+def test_no_row_crosses_a_reset_and_the_oldest_are_replaced(watched, kind):
+    state, rows = run(env_id=f"TestRamp{kind}-v0", planning="replay", buffer_size=32)
+    replay = state["replay"][0]
+    step = replay[:, 5] * 1000  # at s', of all
+    assert step.round().tolist() == [65 + i if i < 16 else 33 + i for i in range(32)]
+    for r in (replay, torch.cat([record["rows"] for record in watched["q"]])):
+        assert (r[:, 1] > 0).all() and torch.equal(r[:, 1], r[:, 4])  # within one episode, never an empty row
+        torch.testing.assert_close(r[:, 3] - r[:, 0], (1 + r[:, 6]) / 10)  # no teleport to t = 0
+        assert torch.equal(r[:, 7], (r[:, 3] * 10).round().eq(1).float())
+        last = (r[:, 5] * 1000).round() % 7 == 0
+        assert torch.equal(r[:, 8], last.float() * (kind != "truncated"))  # a truncation is no `end`
+    assert rows[0]["charts/episodic_length"] == 7
+    assert rows[0]["charts/episodic_return"] == pytest.approx(0.5, abs=0.35)
 
 
-@pytest.mark.parametrize(("planning", "updates"), [("none", 1), ("replay", 5), ("model", 5)])
-def test_replay_and_model_make_as_many_updates(tmp_path, monkeypatch, planning, updates):
-    monkeypatch.chdir(tmp_path)
-    seen = watched(monkeypatch, planning=planning, planning_steps=4)
-    assert len(seen) == 30 * updates  # 80 steps, the first 50 without
-    assert all(rows.shape == (16, 7) for rows in seen)
+def test_q_acts_and_learns_from_its_own_batches(watched):
+    state, _ = run(planning="replay", start_e=0.0, end_e=0.0, learning_rate=0.01, gamma=0.9, double=False)
+    records, replay = watched["q"], state["replay"][0]
+    assert len(records) == 30 * 3 and all(len(r["rows"]) == 16 for r in records)  # 80 steps, the first 50 without
+    assert all(r["others"] == (0.9, False) for r in records)
+    for r in records[:-1]:
+        assert all(torch.equal(x, y) for x, y in zip(r["gradient"], r["used"], strict=True))
+    moved = (records[1]["net"].weights[0] - records[0]["net"].weights[0]).abs().max()
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)  # Adam's first step is the learning rate
+    assert not any(torch.equal(a["rows"], b["rows"]) for a, b in itertools.pairwise(records))
+    assert max(float(r["rows"][:, 5].max()) for r in records) > 0.078  # the newest are in
+    for i in range(1, 30):  # the network before the updates of step 51 + i acted at that step
+        net, s = records[3 * i]["net"], replay[50 + i, :3]
+        mean, std = records[3 * i - 1]["net"].mean, records[3 * i - 1]["net"].std
+        net.mean, net.std = mean, std
+        assert net(s[None, None]).argmax() == replay[50 + i, 6]
 
 
-def test_imagination_depth_keeps_the_batch_size_and_its_chains(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    seen = watched(monkeypatch, planning="model", planning_steps=4, imagination_depth=4)
-    assert len(seen) == 30 * 5 and all(len(rows) == 16 for rows in seen)
-    for rows in (rows for i, rows in enumerate(seen) if i % 5):
-        for d in range(3):  # the 4 states of depth d + 1 are the predictions of depth d
-            torch.testing.assert_close(rows[4 * d : 4 * d + 4, 2:4], rows[4 * d + 4 : 4 * d + 8, :2])
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_target_network_follows(watched, every):
+    run(planning="none", tau=0.25, target_network_frequency=every)
+    records, target = watched["q"], watched["q"][0]["net"]
+    assert len(records) == 30
+    assert same(records[0]["target"], target)  # starts as a copy of Q
+    for i in range(29):
+        after = records[i + 1]["net"]  # Q after the update of step 51 + i
+        expected = [
+            p + 0.25 * (q - p) if (51 + i) % every == 0 else p
+            for p, q in zip(records[i]["target"].parameters(), after.parameters(), strict=True)
+        ]
+        for x, y in zip(records[i + 1]["target"].parameters(), expected, strict=True):
+            torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("planning", ["none", "replay", "model"])
-def test_training_moves_the_weights_and_reproduces(tmp_path, monkeypatch, planning):
-    monkeypatch.chdir(tmp_path)
-    args = {"total_timesteps": 120, "eval_frequency": 60, "planning": planning, "planning_steps": 2, "save_model": True}
-    states = []
-    for seed, steps in ((1, 60), (1, 120), (1, 120), (2, 120)):
-        name = f"run{len(states)}"
-        main(Args(**SMALL | args | {"seed": seed, "total_timesteps": 120, "exp_name": name}
-                  | ({"stop_return": -1.0} if steps == 60 else {})))  # fmt: skip
-        (path,) = tmp_path.glob(f"runs/*{name}*/agent.pt")
-        states.append(torch.load(path, weights_only=True))
-    assert [state["global_step"] for state in states] == [60, 120, 120, 120]
-    first, later, again, other = (state["q_net"]["weights.0"] for state in states)
-    assert not torch.equal(first, later) and torch.equal(later, again) and not torch.equal(later, other)
-    models = [state["env_model"]["net.weights.0"] for state in states]
-    assert torch.equal(models[0], models[1]) == (planning != "model")
+def test_imagined_batches_start_from_real_states_with_the_q_of_the_step(watched):
+    run(planning="model", planning_steps=3)
+    assert len(watched["q"]) == 30 * 4 and len(watched["imagined"]) == 30 and len(watched["model"]) == 60
+    for i, (q_net, s, epsilon) in enumerate(watched["imagined"]):
+        records = watched["q"][4 * i : 4 * i + 4]
+        assert epsilon == 0.5 and s.shape == (1, 48, 3) and same(q_net, records[0]["net"])
+        assert torch.equal(torch.cat([r["rows"][:, :3] for r in records[1:]]), s[0])
+        assert (s[0, :, 1] > 0).all() and torch.equal(s, (s * 1000).round() / 1000)
+    ends = torch.cat([r["rows"][:, 8] for i, r in enumerate(watched["q"]) if i % 4])
+    assert ((ends > 0) & (ends < 1)).all()  # a probability
 
 
-def test_sokoban_learns_on_planes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    results = main(Args(**SMALL | {"env_id": "Sokoban-v0", "total_timesteps": 100, "eval_frequency": 100}))
-    assert np.isfinite(results[-1]["losses/model_loss"]).all() and results[-1]["charts/updates"] == 50 * 8
+def test_the_model_learns_from_real_rows_in_their_own_units(watched):
+    state, rows = run(planning="model", total_timesteps=101, eval_frequency=101)
+    records = watched["model"]
+    for r in records[:-1]:
+        assert all(torch.equal(x, y) for x, y in zip(r["gradient"], r["used"], strict=True))
+        assert len(r["rows"]) == 128 and ((r["rows"][:, 8] == 0) | (r["rows"][:, 8] == 1)).all()
+    moved = (records[1]["net"].net.weights[0] - records[0]["net"].net.weights[0]).abs().max()
+    assert moved.item() == pytest.approx(1e-3, rel=1e-3)
+    for net, size in ((records[0]["net"], 51), (records[-1]["net"], 100)):  # at the first update, and at step 100
+        known = state["replay"][:, :size]
+        torch.testing.assert_close(net.net.mean[..., :3], known[..., :3].mean(1, keepdim=True))
+        spread = (known[..., 3:6] - known[..., :3]).std(1)
+        torch.testing.assert_close(net.delta_std[:, 0], torch.where(spread > 1e-6, spread, 1.0))  # constants stay
+    for r in (watched["q"][0], watched["q"][-1]):
+        assert torch.equal(r["net"].std, r["target"].std) and not (r["net"].std == 1).all()
+    assert 0 < rows[-1]["losses/model_loss"] < 20
 
 
-def test_the_model_learns_the_pole(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = {"total_timesteps": 400, "eval_frequency": 400, "learning_starts": 100, "planning_steps": 0, "end_e": 1.0}
-    rows = main(Args(**args | {"eval_episodes": 2, "model_updates": 3}))
-    # 1 is a model without change; the untrained one is worse than that
-    assert rows[-1]["model/delta_error"][0] < 0.25 and rows[-1]["model/reward_error"][0] < 0.1
+def test_metrics_are_means_since_the_last_row(watched, monkeypatch):
+    seen, calls = [], []
+    monkeypatch.setattr(dyna_dqn, "greedy_returns", lambda envs, net, device, seed: (
+        calls.append((envs.num_envs, seed, net)), np.full((1, 2), float(len(calls))))[1])  # fmt: skip
+    losses = dyna_dqn.dqn_loss
+    monkeypatch.setattr(dyna_dqn, "dqn_loss", lambda *a: (seen.append(losses(*a)), seen[-1])[1])
+    flags = {"planning": "none", "total_timesteps": 200, "eval_frequency": 50, "start_e": 1.0, "end_e": 0.2,
+             "exploration_steps": 100, "train_frequency": 10, "seed": 5}  # fmt: skip
+    state, rows = run(**flags)
+    assert [r["charts/epsilon"] for r in rows] == pytest.approx([0.6, 0.2, 0.2, 0.2])
+    assert [r["charts/updates"] for r in rows] == [0, 5, 10, 15]
+    assert [r["eval/return"] for r in rows] == [1, 2, 3, 4] and {c[:2] for c in calls} == {(2, 10_005)}
+    assert same(calls[0][2], _network(state, "q_net"))
+    for i, r in enumerate(rows[1:]):
+        loss, q = zip(*seen[5 * i : 5 * i + 5], strict=True)
+        assert r["losses/td_loss"] == pytest.approx(torch.stack(loss).mean().item(), rel=1e-5)
+        assert r["losses/q_values"] == pytest.approx(torch.stack(q).mean().item(), rel=1e-4)
+    assert [r["charts/episodic_length"] for r in rows] == [7] * 4
+    _, rows = run(**flags, stop_return=2.0, exp_name="stops")
+    assert [r["global_step"] for r in rows] == [50]
+
+
+def _network(state: dict, name: str) -> RunsMLP:
+    net = RunsMLP(1, [3, 16, 2])
+    net.load_state_dict({k.removeprefix(f"{name}."): x for k, x in state["networks"].items() if k.startswith(name)})
+    return net
+
+
+def test_lockstep_runs_learn_apart_and_a_seed_reproduces():
+    flags = {"num_seeds": 2, "total_timesteps": 60, "eval_frequency": 60, "seed": 4}
+    state, rows = run(**flags, exp_name="a")
+    again, _ = run(**flags, exp_name="b")
+    other, _ = run(**flags | {"seed": 5}, exp_name="c")
+    weights = [x["networks"]["q_net.weights.0"] for x in (state, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0][0], weights[0][1]) and not torch.equal(*state["replay"])
+    assert rows[-1]["eval/return"] == pytest.approx((rows[-1]["eval/return_4"] + rows[-1]["eval/return_5"]) / 2)
+    random_actions, _ = run(start_e=1.0, end_e=1.0, planning="none", total_timesteps=400, eval_frequency=400)
+    assert random_actions["replay"][0, :, 6].mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_sokoban_is_planes():
+    state, _ = run(env_id="Sokoban-v0", total_timesteps=55, eval_frequency=55)
+    planes = state["replay"][0, :, :100].unflatten(1, (4, 5, 5))
+    assert torch.equal(planes[:, 3].sum((1, 2)), torch.ones(55)) and planes[0, 0, 0].eq(1).all()  # one player; walls
 
 
 # ---------------------------------------------------------------------------------------------- files and flags
 
 
-def test_resume_and_evaluate(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL | {"total_timesteps": 120, "eval_frequency": 40, "save_model": True, "planning_steps": 1}))
-    (path,) = tmp_path.glob("runs/*/agent.pt")
-    state = torch.load(path, weights_only=True)
-    assert state["replay"].shape == (1, 120, 11) and len(state["rows"]) == 3
-    assert main(Args(evaluate=str(path), eval_episodes=3))[0]["eval/return"][0] > 0
-    assert "policy, 3 episodes" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="has had all of its 120 steps"):
-        main(Args(resume=str(path)))
-    with pytest.raises(SystemExit, match=r"--batch-size: .* brings its own flags"):
-        main(Args(resume=str(path), batch_size=7))
-    with monkeypatch.context() as patch:  # a flag counts as given even if it says what is the default
-        patch.setattr(sys, "argv", ["dyna_dqn.py", f"--resume={path}", "--gamma", "0.99", "--total-timesteps=9"])
-        with pytest.raises(SystemExit, match=r"^--gamma: .* brings its own flags"):
-            main(Args(resume=str(path)))
-        patch.setattr(sys, "argv", ["dyna_dqn.py", "--total-timesteps", str(Args().total_timesteps), "--no-cuda"])
-        assert dyna_dqn.resumed_args(Args(resume="x"), path).total_timesteps == Args().total_timesteps != 120
-    # as if it had been stopped half way
-    state["global_step"], state["rows"] = 80, state["rows"][:2]
-    torch.save(state, path)
-    rows = main(Args(resume=str(path)))
-    assert [r["global_step"] for r in rows] == [120]
-    lines = (path.parent / "metrics.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["global_step", "40", "80", "120"]
-    assert [r["global_step"] for r in main(Args(resume=str(path), total_timesteps=200))] == [160, 200]
-    torch.save({"args": {"not_a_flag": 7}}, path)
-    with pytest.raises(SystemExit, match=r"agent\.pt was written by another script"):
-        main(Args(evaluate=str(path)))
-    path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="can't read the checkpoint"):
-        main(Args(resume=str(path)))
+def test_resume_and_evaluate(watched, monkeypatch, capsys):
+    state, _ = run(total_timesteps=60, eval_frequency=60, planning="none")
+    (path,) = dyna_dqn.pathlib.Path("runs").glob("*/checkpoint.pt")
+    agent = torch.load(path.with_name("agent.pt"), weights_only=True)
+    assert set(agent) == {"args", "networks", "global_step"} and agent["global_step"] == 60
+    main(dyna_dqn.parse_args(["--evaluate", str(path.with_name("agent.pt")), "--eval-episodes", "3"]))
+    assert "policy, 3 episodes: return" in capsys.readouterr().out
+    for words, message in (
+        (["--resume", str(path)], "has had all of its 60 steps"),
+        (["--resume", str(path), "--hidden", "3", "--total-timesteps", "99"], "other parts or sizes"),
+        (["--resume", str(path), "--buffer-size", "70", "--total-timesteps", "99"], "--buffer-size"),
+        (["--resume", str(path.with_name("agent.pt")), "--total-timesteps", "99"], "takes a checkpoint.pt"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(dyna_dqn.parse_args(words))
+    watched["q"].clear()
+    flags = dyna_dqn.parse_args(["--resume", str(path), "--total-timesteps", "120", "--eval-frequency", "120"])
+    assert flags.planning == "none" and flags.batch_size == 16
+    main(flags)
+    first, later = watched["q"][0], torch.load(path, weights_only=True)
+    assert same(first["net"], _network(state, "q_net")) and same(first["target"], _network(state, "target_net"))
+    assert torch.equal(later["replay"][:, :60], state["replay"]) and later["replay"].shape[1] == 120
+    assert later["updates"] == 70 == later["optimizer"]["state"][0]["step"]
+    assert not torch.equal(later["rng"], state["rng"]) and later["args"]["resume"] is None
+    rows = list(csv.DictReader(path.with_name("metrics.csv").open()))
+    assert [r["global_step"] for r in rows] == ["60", "120"]
+    assert [float(r["charts/epsilon"]) for r in rows] == pytest.approx([0.943, 0.886])  # goes on where it was
 
 
-def test_video(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL | {"total_timesteps": 60, "capture_video": True}))
-    (film,) = tmp_path.glob("videos/CartPole-v1__*/rl-video-episode-0.mp4")
+def test_an_evaluation_without_end_is_cut(monkeypatch, capsys):
+    monkeypatch.setattr(dyna_dqn, "MOST_STEPS", 30)
+    run(env_id="TestRampendless-v0", planning="none", save_model=False)
+    assert "2 evaluated episodes were cut after 30 steps" in capsys.readouterr().out
+    assert not list(dyna_dqn.pathlib.Path("runs").glob("*/agent.pt"))
+
+
+def test_video():
+    run(env_id="CartPole-v1", total_timesteps=30, eval_frequency=30, capture_video=True, num_seeds=2, planning="none")
+    (film,) = dyna_dqn.pathlib.Path("videos").glob("CartPole-v1__*/rl-video-episode-0.mp4")
     assert film.stat().st_size
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="lower the learning rate"):
-        main(
-            Args(**SMALL | {"total_timesteps": 200, "eval_frequency": 100, "learning_rate": 1e20, "planning_steps": 1})
-        )
+def test_ctrl_c_is_one_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["dyna_dqn.py", "--eval-episodes", "1"])
 
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"planning_steps": -1}, "--planning-steps -1"),
-        ({"env_id": "NoMaze-v0"}, "NoMaze"),
-        ({"env_id": "Pendulum-v1"}, "action space.*Discrete"),
-        ({"env_id": "FrozenLake-v1"}, "vectors.*dyna_q.py"),
-        ({"gamma": 1.1}, "--gamma"),
-        ({"imagination_depth": 3}, "--imagination-depth 3.*divide"),
-        ({"imagination_depth": 2, "planning": "replay"}, "--planning model"),
-        ({"batch_size": 0}, "--batch-size"),
-        ({"hidden": (64, 0)}, "--hidden"),
-        ({"model_learning_rate": -1.0}, "--model-learning-rate -1"),
-        ({"env_id": "no_such_module:Pole-v0"}, "no_such_module"),
-        ({"env_id": "Sokoban-v0", "num_boxes": 9}, "num_boxes=9"),
-        ({"evaluate": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
-    ],
-)
-def test_bad_flags_are_one_clear_line(kwargs, message):
-    with pytest.raises(SystemExit, match=message) as error:
-        main(Args(**kwargs))
+    monkeypatch.setattr("tqdm.tqdm", stop)
+    with pytest.raises(SystemExit, match=r"^stopped; --resume") as error:
+        runpy.run_path(dyna_dqn.__file__, run_name="__main__")
     assert "\n" not in str(error.value)
 
 
-def test_epsilon_falls_and_cleanrl_settings_can_be_given(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    random.seed(0)
-    rows = main(Args(**SMALL | {"planning": "none", "total_timesteps": 200, "eval_frequency": 50, "start_e": 1.0,
-                "end_e": 0.2, "exploration_fraction": 0.5, "train_frequency": 10, "tau": 1.0, "double": False,
-                "target_network_frequency": 50}))  # fmt: skip
-    assert [r["charts/epsilon"] for r in rows] == pytest.approx([0.6, 0.2, 0.2, 0.2])
-    assert [r["charts/updates"] for r in rows] == [0, 5, 10, 15]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--planning-steps -1", "--planning-steps -1"),
+        ("--gamma 1.1", "--gamma"),
+        ("--batch-size 0", "--batch-size"),
+        ("--env-id NoMaze-v0", "NoMaze"),
+        ("--env-id no_such_module:Pole-v0", "no_such_module"),
+        ("--env-id Pendulum-v1", "action space.*Discrete"),
+        ("--env-id FrozenLake-v1", "vectors.*dyna_q.py"),
+        ("--env-id Sokoban-v0 --num-boxes 9", "num_boxes=9"),
+        ("--env-id TestRamp-v0 --capture-video --eval-episodes 1", "can't make --env-id TestRamp-v0"),
+        ("--evaluate no_such_file.pt", "can't read the checkpoint no_such_file.pt"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(flags, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        main(dyna_dqn.parse_args(flags.split()))
+    assert "\n" not in str(error.value)

@@ -1,52 +1,57 @@
-"""dyna_q.py: updates by hand, the model's memory, the mazes, and policies against optima computed apart."""
+"""dyna_q.py: updates by hand, the model's memory, the loop, the mazes, files and flags."""
 
+import csv
 import math
+import pathlib
+import runpy
 import statistics
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 
 import dyna_q
-from dyna_q import Args, main
+from dyna_q import Args, evaluate_table, main, parse_args
 
 
 class LoopEnv(gym.Env):
-    """One state; action a pays rewards[a] and leads back to it. Every step ends the episode, as `ending` says."""
+    """One state, number 5; action 2 + a pays rewards[a] in an array and leads back. Every step ends the episode."""
 
     def __init__(self, rewards: tuple[float, ...] = (1.0,), ending: str = "terminated") -> None:
         self.rewards, self.ending = rewards, ending
-        self.observation_space, self.action_space = gym.spaces.Discrete(1), gym.spaces.Discrete(len(rewards))
+        self.observation_space = gym.spaces.Discrete(1, start=5)
+        self.action_space = gym.spaces.Discrete(len(rewards), start=2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return 0, {}
+        return np.int64(5), {}
 
     def step(self, action):
-        return 0, self.rewards[action], self.ending == "terminated", self.ending == "truncated", {}
+        assert action in self.action_space
+        reward = np.array([self.rewards[action - 2]])
+        return np.int64(5), reward, self.ending == "terminated", self.ending == "truncated", {}
 
 
 class LineEnv(gym.Env):
-    """States 0 to `length`, one action: one to the right; the last step pays 1 and terminates.
+    """States 0 to 6 in one array that is filled again, one action: to the right; the last step pays 1 and terminates.
 
     From the second episode on, the first step pays `bonus`.
     """
 
-    def __init__(self, length: int, bonus: float = 0.0) -> None:
-        self.length, self.bonus, self.episode = length, bonus, 0
-        self.observation_space, self.action_space = gym.spaces.Discrete(length + 1), gym.spaces.Discrete(1)
+    def __init__(self, bonus: float = 0.0) -> None:
+        self.bonus, self.episode, self.s = bonus, 0, np.zeros(1, dtype=np.int64)
+        self.observation_space, self.action_space = gym.spaces.Box(0, 6, (1,), np.int64), gym.spaces.Discrete(1)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.s = 0
+        self.s[0] = 0
         self.episode += 1
-        return 0, {}
+        return self.s, {}
 
     def step(self, action):
         self.s += 1
-        end = self.s == self.length
-        return self.s, float(end) + self.bonus * (self.s == 1 and self.episode > 1), end, False, {}
+        end = bool(self.s[0] == 6)
+        return self.s, float(end) + self.bonus * (self.s[0] == 1 and self.episode > 1), end, False, {}
 
 
 class CoinEnv(gym.Env):
@@ -62,14 +67,18 @@ class CoinEnv(gym.Env):
         return 0, float(self.np_random.random() < 0.25), True, False, {}
 
 
-gym.register("TestLoop-v0", entry_point=LoopEnv)
-gym.register("TestTruncated-v0", entry_point=LoopEnv, kwargs={"ending": "truncated"})
-gym.register("TestCosts-v0", entry_point=LoopEnv, kwargs={"rewards": (-1.0, -1.0, -1.0), "ending": "truncated"})
-gym.register("TestPair-v0", entry_point=LoopEnv, kwargs={"rewards": (1.0, 1.0), "ending": "truncated"})
-gym.register("TestLine-v0", entry_point=LineEnv, kwargs={"length": 6})
-gym.register("TestBonus4-v0", entry_point=LineEnv, kwargs={"length": 6, "bonus": 0.3})
-gym.register("TestBonus0-v0", entry_point=LineEnv, kwargs={"length": 6, "bonus": 0.9})
+LOOPS = {"Loop": (1.0,), "Truncated": (1.0,), "Costs": (-1.0, -1.0, -1.0), "Pair": (1.0, 1.0), "Worse": (1.0, -1.0)}
+for name, rewards in LOOPS.items():
+    kwargs = {"rewards": rewards, "ending": "terminated" if name in ("Loop", "Worse") else "truncated"}
+    gym.register(f"Test{name}-v0", entry_point=LoopEnv, kwargs=kwargs)
+for name, bonus in (("Line", 0.0), ("Bonus4", 0.3), ("Bonus0", 0.9)):
+    gym.register(f"Test{name}-v0", entry_point=LineEnv, kwargs={"bonus": bonus})
 gym.register("TestCoin-v0", entry_point=CoinEnv)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def train(**kwargs) -> dict:
@@ -79,20 +88,15 @@ def train(**kwargs) -> dict:
 # ----------------------------------------------------------------------------------------------------- updates by hand
 
 
-def test_q_learning_by_hand():
+def test_learning_and_planning_by_hand():
     # α = 1/2, r = 1: terminal 0 -> .5 -> .75 -> .875; truncated, γ = 1/2: q <- q + (1 + q/2 - q) / 2
-    hand = {"alpha": 0.5, "gamma": 0.5, "planning_steps": 0, "total_timesteps": 3}
-    assert train(env_id="TestLoop-v0", **hand)["Q"] == [[0.875]]
-    assert train(env_id="TestTruncated-v0", **hand)["Q"] == [[1.15625]]
-
-
-def test_planning_repeats_the_remembered_step():
-    # K = 2: three updates with the same transition for one real step, so that step 1 gives what three gave above
-    hand = {"alpha": 0.5, "gamma": 0.5, "planning_steps": 2, "total_timesteps": 1}
     for env_id, q in (("TestLoop-v0", 0.875), ("TestTruncated-v0", 1.15625)):
-        result = train(env_id=env_id, **hand)
+        hand = {"env_id": env_id, "alpha": 0.5, "gamma": 0.5}
+        assert train(planning_steps=0, total_timesteps=3, **hand)["Q"] == [[q]]
+        # K = 2: three updates with the same transition for one real step
+        result = train(planning_steps=2, total_timesteps=1, **hand)
         assert result["Q"] == [[q]] and result["backups"] == 3
-        assert result["M"] == [[{(1.0, 0, env_id == "TestLoop-v0"): 1}]]  # `terminated` is remembered, truncation isn't
+        assert result["M"] == [[{(1.0, 0, env_id == "TestLoop-v0"): 1}]]  # remembers `terminated`, not truncation
 
 
 @pytest.mark.parametrize("rule", ["q", "visited"])
@@ -103,14 +107,12 @@ def test_planning_leaves_untried_actions_alone(rule):
 
 
 def test_the_two_rules_differ_where_an_action_is_worse():
-    # both actions tried (ε = 1); by Q with a small ε the worse one is hardly ever planned
-    gym.register("TestWorse-v0", entry_point=LoopEnv, kwargs={"rewards": (1.0, -1.0)})
+    # by Q with a small ε the worse one is hardly ever planned: 0.01 * (1 - 0.01)^n, n one in a hundred or one in two
     by_q, visited = (
         train(env_id="TestWorse-v0", planning_action=rule, planning_steps=50, alpha=0.01, epsilon=0.02, seed=3,
               total_timesteps=100)["Q"][0][1]
         for rule in ("q", "visited")
     )  # fmt: skip
-    # 0.01 * (1 - 0.01)^n: by Q about one planned update in a hundred is of action 1, by `visited` one in two
     assert -0.8 < by_q < 0 and visited < -0.99
 
 
@@ -120,50 +122,41 @@ def test_dyna_q_plus_bonus_and_untried_actions():
                    planning_action="visited", total_timesteps=49)  # fmt: skip
     assert sorted(result["Q"][0]) == [pytest.approx(0.1 * math.sqrt(49)), 1.0]
     assert {(0.0, 0, False): 1} in result["M"][0]  # untried: back to s, reward 0
+    # once tried, the placeholder is forgotten
+    outcomes = train(env_id="TestPair-v0", kappa=1e-6, epsilon=1.0, model="counts", total_timesteps=40)["M"][0]
+    assert all(set(counts) == {(1.0, 0, False)} for counts in outcomes)
+    assert sum(counts[1.0, 0, False] for counts in outcomes) == 40
 
 
-def test_dyna_q_plus_forgets_the_placeholder_once_the_action_is_tried():
-    result = train(env_id="TestPair-v0", kappa=1e-6, epsilon=1.0, model="counts", total_timesteps=40)
-    counts = [dict(outcomes) for outcomes in result["M"][0]]
-    assert all(set(outcomes) == {(1.0, 0, False)} for outcomes in counts)
-    assert sum(outcomes[1.0, 0, False] for outcomes in counts) == 40
+def test_exploration_and_ties():
+    for epsilon, low, high in ((0.0, 0, 0), (1.0, 420, 580), (0.2, 60, 140)):
+        # from the first -1 on, the greedy action is the one that pays 1
+        outcomes = train(env_id="TestWorse-v0", epsilon=epsilon, model="counts", planning_steps=0, seed=2,
+                         total_timesteps=1000)["M"][0]  # fmt: skip
+        assert low <= sum(outcomes[1].values()) <= high + 1
+    assert dyna_q.greedy_action([5.0, 1.0, 2.0], [1, 2], lambda: 0.0) == 2
+    draws = [dyna_q.greedy_action([1.0, 1.0, 0.0, 1.0], [0, 1, 2, 3], lambda i=i: i / 300) for i in range(300)]
+    assert [draws.count(a) for a in range(4)] == [100, 100, 0, 100]
 
 
 # --------------------------------------------------------------------------------------------------------- the model
 
 
-def test_counts_and_last():
-    counts = train(env_id="TestCoin-v0", model="counts", total_timesteps=4000, planning_steps=0)["M"][0][0]
-    assert sum(counts.values()) == 4000 and abs(counts[1.0, 0, True] / 4000 - 0.25) < 0.03
-    last = train(env_id="TestCoin-v0", model="last", total_timesteps=4000, planning_steps=0)["M"][0][0]
-    assert len(last) == 1
+def test_counts_value_a_gamble_right_and_last_does_not():
+    # planning dominates: with counts Q tends to 1/4, with the last outcome to whatever came last
+    settings = {"env_id": "TestCoin-v0", "planning_steps": 500, "alpha": 0.01, "total_timesteps": 300}
+    counts, last = (train(model=model, **settings) for model in ("counts", "last"))
+    assert sum(counts["M"][0][0].values()) == 300 and abs(counts["Q"][0][0] - 0.25) < 0.15
+    assert len(last["M"][0][0]) == 1 and min(last["Q"][0][0], 1 - last["Q"][0][0]) < 0.02
 
 
-def test_sampling_is_in_proportion_to_the_counts():
+def test_outcomes_by_hand():
     outcomes = {(0.0, 1, False): 1, (1.0, 2, True): 3}
     first, second = outcomes
     for lot, expected in ((0.0, first), (0.2499, first), (0.25, second), (0.9999999, second)):
         assert dyna_q.sample_outcome(outcomes, lambda lot=lot: lot) == expected
-
-
-def test_counts_value_a_gamble_right_and_last_does_not():
-    # planning dominates: with counts Q tends to 1/4, with the last outcome to whatever came last
-    settings = {"env_id": "TestCoin-v0", "planning_steps": 500, "alpha": 0.01, "total_timesteps": 300}
-    assert abs(train(model="counts", **settings)["Q"][0][0] - 0.25) < 0.15
-    q = train(model="last", **settings)["Q"][0][0]
-    assert min(q, 1 - q) < 0.02
-
-
-def test_expected_target_by_hand():
-    outcomes = {(0.0, 1, False): 1, (1.0, 1, True): 3}
-    # (1 * (0 + 0.5 * 2) + 3 * 1) / 4: the terminal outcome doesn't look at Q[1]
-    assert dyna_q.expected_target(outcomes, [[0.0], [2.0]], 0.5) == 1.0
-
-
-def test_greedy_action_takes_allowed_ones_and_breaks_ties_evenly():
-    assert dyna_q.greedy_action([5.0, 1.0, 2.0], [1, 2], lambda: 0.0) == 2
-    draws = [dyna_q.greedy_action([1.0, 1.0, 0.0, 1.0], [0, 1, 2, 3], lambda i=i: i / 300) for i in range(300)]
-    assert [draws.count(a) for a in range(4)] == [100, 100, 0, 100]
+    # (1 * (0 + 0.5 * 2) + 3 * 1) / 4: the terminal outcome doesn't look at Q[2]
+    assert dyna_q.expected_target(outcomes, [[0.0], [2.0], [9.0]], 0.5) == 1.0
 
 
 # ------------------------------------------------------------------------------------------------ prioritised sweeping
@@ -178,6 +171,9 @@ def test_one_sweep_carries_the_reward_back():
     assert [q[0] for q in train(planning_steps=20, theta=0.1, **line)["Q"]] == [0, 0, 0.5**3, 0.5**2, 0.5, 1, 0]
     # and K bounds the work of one real step
     assert [q[0] for q in train(planning_steps=2, theta=1e-4, **line)["Q"]] == [0, 0, 0, 0, 0.5, 1, 0]
+    # α = 1/2: a pair that was backed up enters the queue again; after step 6 it is never empty
+    half = train(**line | {"planning_steps": 1, "alpha": 0.5, "num_episodes": 0, "total_timesteps": 40, "theta": 0.01})
+    assert half["backups"] == 35 and half["Q"][5][0] > 0.9
 
 
 @pytest.mark.parametrize(("bonus", "first"), [(0.3, 4), (0.9, 0)])
@@ -188,53 +184,76 @@ def test_the_largest_error_comes_first(bonus, first):
     assert {s for s, q in enumerate(Q) if q[0]} == {5, first}
 
 
-# ------------------------------------------------------------------------------------------------------------- mazes
-
-
-def shortest(env: dyna_q.MazeEnv, later: bool) -> int:
-    reached, steps = {env.start}, 0
-    while not any(env.goal[s] for s in reached):
-        reached |= {s2 for s in reached for s2 in env.ahead[later][s]}
-        steps += 1
-    return steps
+# ------------------------------------------------------------------------------------------------- mazes and the loop
 
 
 def test_mazes_are_the_books():
-    env = gym.make("DynaMaze-v0").unwrapped
-    walls = {(y, x) for y in range(6) for x in range(9) if env.grids[0][y, x] == "#"}
-    assert walls == {(1, 2), (2, 2), (3, 2), (0, 7), (1, 7), (2, 7), (4, 5)}
-    assert (env.start, env.goal.index(True)) == (2 * 9 + 0, 8)
-    assert shortest(env, False) == 14
-    for env_id, before, after, change in (("BlockingMaze-v0", 10, 16, 1000), ("ShortcutMaze-v0", 16, 10, 3000)):
+    def shortest(env, later):
+        reached, maze = [{env.reset()[0]}], env.mazes[later]
+        while not any(maze[s] == "G" for s in reached[-1]):
+            reached.append({s + move for s in reached[-1] for move in env.moves if maze[s + move] != "#"})
+        return len(reached) - 1
+
+    for env_id, lengths, change in (
+        ("DynaMaze-v0", (14, 14), math.inf), ("BlockingMaze-v0", (10, 16), 1000), ("ShortcutMaze-v0", (16, 10), 3000)
+    ):  # fmt: skip
         env = gym.make(env_id).unwrapped
-        assert (shortest(env, False), shortest(env, True), env.change_step) == (before, after, change)
-        assert env.start == 5 * 9 + 3
-
-
-def test_maze_steps_and_scales():
-    env = gym.make("DynaMaze-v0").unwrapped
-    env.reset()
-    assert [env.step(a)[0] for a in (3, 0, 2, 2, 1)] == [18, 9, 10, 10, 19]  # the edge, up, right, the wall, down
-    env.s = 17
-    assert env.step(0) == (8, 1.0, True, False, {})
-    large = gym.make("DynaMaze-v0", scale=2).unwrapped
-    assert (large.height, large.width, large.start, sum(large.goal)) == (12, 18, 4 * 18, 4)
-    assert (large.grids[0][:, 4] == "#").tolist() == [2 <= y < 8 for y in range(12)]
+        assert (shortest(env, 0), shortest(env, 1)) == lengths and env.change_step == change
+    env = gym.make("DynaMaze-v0", render_mode="rgb_array").unwrapped
+    start, _ = env.reset()
+    ways = [env.step(a)[0] - start for a in (3, 0, 2, 2, 1)]
+    assert ways == [0, -12, -11, -11, 1]  # the edge, up, right, the wall, down
+    env.s = 12 + 7  # beside a wall
+    assert env.step(2) == (12 + 7, 0.0, False, False, {})
+    env.s = 2 * 12 + 9
+    assert env.step(0) == (12 + 9, 1.0, True, False, {})
+    assert env.render().shape == (8 * 16, 11 * 16, 3)
 
 
 def test_walls_move_at_the_change_and_not_with_the_episode():
     env = gym.make("BlockingMaze-v0").unwrapped
     env.reset()
     for step in range(1002):
-        env.s = 2 * 9 + 8  # above the gap at the right
-        assert env.step(1)[0] == (3 * 9 + 8 if step < 1000 else 2 * 9 + 8)
+        env.s = 3 * 12 + 9  # above the gap at the right
+        assert env.step(1)[0] == (4 * 12 + 9 if step < 1000 else 3 * 12 + 9)
         env.reset()
 
 
+def test_episodes_and_metrics():
+    watched = []
+    args = Args(env_id="TestLine-v0", planning_steps=2, alpha=0.5, gamma=0.5, total_timesteps=15, log_frequency=6)
+    result = main(args, lambda *seen: watched.append(seen[:2]))
+    assert watched == [(t, 3 * t) for t in range(1, 16)]
+    assert result["episodes"] == [(6, 1.0, 6), (12, 1.0, 6)]
+    assert result["M"][5] == [{(1.0, 6, True): 1}] and result["M"][6] == [{}]  # nobody acts in a terminal state
+    (path,) = pathlib.Path("runs").glob("*/metrics.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert [r["global_step"] for r in rows] == ["6", "12", "15"]  # the last one, too
+    assert float(rows[0]["losses/td_error"]) == pytest.approx(1 / 6) and rows[1]["charts/episodic_length"] == "6.0"
+    assert float(rows[0]["losses/q_values"]) == pytest.approx(sum(max(q) for q in _q_after(6)) / 7)
+    assert rows[2]["charts/episodic_return"] == "" and rows[2]["charts/backups"] == "45"
+    assert len(main(args, lambda step, *_: step == 4)["episodes"]) == 0  # True ends the run
+
+
+def _q_after(steps: int) -> list[list[float]]:
+    return train(env_id="TestLine-v0", planning_steps=2, alpha=0.5, gamma=0.5, total_timesteps=steps)["Q"]
+
+
+def test_one_seed_reproduces_the_run():
+    for env_id in ("DynaMaze-v0", "FrozenLake-v1", "Blackjack-v1", "Taxi-v4"):  # the last three draw numbers themselves
+        first, again, other = (train(env_id=env_id, seed=seed, total_timesteps=1000) for seed in (1, 1, 2))
+        assert first["Q"] == again["Q"] and first["episodes"] == again["episodes"]
+        assert first["Q"] != other["Q"] and len(first["ids"]) > 5
+    coins = [
+        train(env_id="TestCoin-v0", seed=seed, total_timesteps=99, planning_steps=0)["episodes"] for seed in (1, 2)
+    ]
+    assert coins[0] != coins[1]
+
+
 def test_book_figures_in_small():
-    def steps(K, episode, seeds=12):
+    def steps(K, episode):
         runs = [train(planning_steps=K, planning_action="visited", num_episodes=episode, total_timesteps=10**6, seed=s)
-                for s in range(1, seeds + 1)]  # fmt: skip
+                for s in range(1, 13)]  # fmt: skip
         return statistics.mean(run["episodes"][episode - 1][2] for run in runs)
 
     assert steps(50, 3) <= 23  # 17.6 ± 0.7 over 30 seeds
@@ -244,135 +263,69 @@ def test_book_figures_in_small():
 
 def test_dyna_q_plus_finds_the_shortcut():
     def late(kappa):
-        ends = [episode[0] for episode in train(env_id="ShortcutMaze-v0", alpha=1.0, planning_steps=20, kappa=kappa,
-                planning_action="visited", total_timesteps=6000)["episodes"]]  # fmt: skip
-        return 1000 / sum(end > 5000 for end in ends)
+        run = train(env_id="ShortcutMaze-v0", alpha=1.0, planning_steps=20, kappa=kappa, planning_action="visited")
+        return 1000 / sum(end > 5000 for end, _, _ in run["episodes"])
 
     assert late(1e-3) < 14.5 < late(0.0)
-
-
-# ------------------------------------------------------------------------------------------------ a stochastic optimum
-
-
-def lake() -> tuple[np.ndarray, np.ndarray]:
-    P, R = np.zeros((16, 4, 16)), np.zeros((16, 4))
-    for s, row in gym.make("FrozenLake-v1").unwrapped.P.items():
-        for a, outcomes in row.items():
-            for p, s2, r, end in outcomes:
-                P[s, a, s2] += p * (not end)
-                R[s, a] += p * r
-    return P, R
-
-
-def success(policy, P, R) -> float:
-    """V_100(0): V_{n+1}(s) = R(s) + Σ P(s'|s) V_n(s')."""
-    rows, V = np.arange(16), np.zeros(16)
-    for _ in range(100):
-        V = R[rows, policy] + P[rows, policy] @ V
-    return float(V[0])
-
-
-def test_frozen_lake_counts_reach_the_optimal_policy_sooner_than_q_learning():
-    P, R = lake()
-    V = np.zeros(16)
-    for _ in range(5000):
-        V = (R + 0.99 * P @ V).max(1)
-    best = success((R + 0.99 * P @ V).argmax(1), P, R)
-    assert best == pytest.approx(0.74016, abs=1e-4)
-
-    def run(seed, **settings):
-        """Exact success rate in the end, and the real steps until five evaluations in a row were within 2 points."""
-        rates = []
-
-        def watch(global_step, backups, Q, ids):
-            if global_step % 250 == 0:
-                rates.append(success([int(np.argmax(Q[ids[s]])) if s in ids else 0 for s in range(16)], P, R))
-
-        main(Args(env_id="FrozenLake-v1", gamma=0.99, seed=seed, log_frequency=0, **settings), watch)
-        good = np.array(rates) >= best - 0.02
-        steps = next((250 * (i + 1) for i in range(len(good) - 4) if good[i : i + 5].all()), math.inf)
-        return statistics.mean(rates[-20:]), steps
-
-    counts = [
-        run(s, model="counts", planning_steps=20, alpha=0.02, epsilon=0.2, total_timesteps=15_000) for s in range(4)
-    ]
-    q_learning = [run(s, planning_steps=0, alpha=0.2, epsilon=0.3, total_timesteps=30_000) for s in range(4)]
-    assert statistics.mean(rate for rate, _ in counts) >= best - 0.02
-    assert statistics.median(s for _, s in counts) < statistics.median(s for _, s in q_learning)
 
 
 # ---------------------------------------------------------------------------------------------- runs, files and flags
 
 
-def test_one_seed_reproduces_the_run():
-    first, again, other = (train(seed=seed, total_timesteps=2000) for seed in (1, 1, 2))
-    assert first["Q"] == again["Q"] and first["episodes"] == again["episodes"]
-    assert first["episodes"] != other["episodes"]
-
-
-@pytest.mark.parametrize("env_id", ["Blackjack-v1", "CliffWalking-v1", "Taxi-v4"])
-def test_toy_text_environments(env_id):
-    result = train(env_id=env_id, total_timesteps=1000, planning_steps=2)
-    assert len(result["ids"]) > 5 and any(any(q) for q in result["Q"])
-
-
-def test_sokoban_is_solved_saved_and_evaluated(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    args = Args(env_id="Sokoban-v0", gamma=0.99, planning_steps=50, total_timesteps=8000, save_model=True)
-    result = main(args)
+def test_sokoban_is_solved_saved_and_evaluated(capsys):
+    result = main(Args(env_id="Sokoban-v0", gamma=0.99, planning_steps=50, total_timesteps=3000))
     assert result["episodes"][-1][1] > 5  # 10.9 for the solving push
-    (path,) = tmp_path.glob("runs/*/agent.pt")
-    assert (path.parent / "metrics.csv").read_text().count("\n") == 9  # a header, and a row every 1000 steps
-    returns = main(Args(evaluate=str(path), eval_episodes=3))["returns"]
+    (path,) = pathlib.Path("runs").glob("*/agent.pt")
+    assert f"wrote {path}" in capsys.readouterr().out
+    returns = main(parse_args(["--evaluate", str(path), "--eval-episodes", "3"]))["returns"]
     assert (returns > 5).all() and "return" in capsys.readouterr().out
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(SystemExit, match="can't read the checkpoint"):
-        main(Args(evaluate=str(path)))
 
 
-def test_a_changed_maze_is_evaluated_as_it_is_now(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(env_id="BlockingMaze-v0", alpha=1.0, kappa=1e-4, planning_steps=20, planning_action="visited",
-              total_timesteps=3000, save_model=True, log_frequency=0))  # fmt: skip
-    (path,) = tmp_path.glob("runs/*/agent.pt")
-    assert main(Args(evaluate=str(path), eval_episodes=1))["lengths"][0] >= 16
+@pytest.mark.parametrize(("steps", "low", "high"), [(3000, 16, 1000), (990, 10, 50)])
+def test_a_maze_is_evaluated_as_the_run_left_it(steps, low, high):
+    # 990: an evaluation moves no walls, which would move at step 1000
+    main(Args(env_id="BlockingMaze-v0", planning_steps=20, planning_action="visited", total_timesteps=steps))
+    (path,) = pathlib.Path("runs").glob("*/agent.pt")
+    lengths = main(parse_args(["--evaluate", str(path), "--eval-episodes", "20"]))["lengths"]
+    assert low <= lengths.min() and lengths.max() <= high
 
 
-def test_an_evaluation_moves_no_walls(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(env_id="BlockingMaze-v0", planning_steps=20, total_timesteps=990, save_model=True, log_frequency=0))
-    (path,) = tmp_path.glob("runs/*/agent.pt")
-    lengths = main(Args(evaluate=str(path), eval_episodes=20))["lengths"]  # the walls would move at step 1000
-    assert lengths.max() < 50
+def test_an_evaluation_without_end_is_cut(monkeypatch, capsys):
+    main(Args(total_timesteps=1))
+    (path,) = pathlib.Path("runs").glob("*/agent.pt")
+    monkeypatch.setattr(dyna_q, "EVALUATION_STEPS", 5)
+    assert evaluate_table(parse_args(["--evaluate", str(path), "--eval-episodes", "2"]))["lengths"].tolist() == [5, 5]
+    assert "2 of 2 episodes were cut after 5 steps" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_script_is_refused(tmp_path):
-    path = tmp_path / "agent.pt"
-    torch.save({"args": {"not_a_flag": 7}}, path)
-    with pytest.raises(SystemExit, match=r"agent\.pt was written by another script"):
-        main(Args(evaluate=str(path)))
+def test_ctrl_c_is_one_line(monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["dyna_q.py", "--env-id", "TestCoin-v0"])
+    monkeypatch.setattr("tqdm.tqdm", stop)
+    with pytest.raises(SystemExit, match=r"^stopped; the rows") as error:
+        runpy.run_path(dyna_q.__file__, run_name="__main__")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("flags", "message"),
     [
-        ({"planning_steps": -1}, "--planning-steps -1"),
-        ({"env_id": "no_such_module:Maze-v0"}, "no_such_module"),
-        ({"env_id": "NoMaze-v0"}, "NoMaze.*DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0"),
-        ({"env_id": "Pendulum-v1"}, "action space.*Discrete"),
-        ({"env_id": "CartPole-v1"}, "states.*dyna_dqn.py"),
-        ({"alpha": 0.0}, "--alpha"),
-        ({"epsilon": 1.5}, "--epsilon"),
-        ({"gamma": -0.1}, "--gamma"),
-        ({"kappa": -1.0}, "--kappa"),
-        ({"total_timesteps": 0}, "--total-timesteps"),
-        ({"prioritized": True, "planning_steps": 0}, "--prioritized.*--planning-steps"),
-        ({"prioritized": True, "kappa": 0.1}, "--prioritized and --kappa"),
-        ({"env_id": "Sokoban-v0", "size": 3}, "smallest board"),
-        ({"evaluate": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
+        ("--planning-steps -1", "--planning-steps -1"),
+        ("--epsilon 1.5", "--epsilon"),
+        ("--total-timesteps 0", "--total-timesteps"),
+        ("--prioritized --planning-steps 0", "--prioritized needs"),
+        ("--prioritized --kappa 0.1", "no --kappa"),
+        ("--env-id no_such_module:Maze-v0", "no_such_module"),
+        ("--env-id NoMaze-v0", "NoMaze.*DynaMaze-v0"),
+        ("--env-id Pendulum-v1", "action space.*Discrete"),
+        ("--env-id CartPole-v1", "states.*dyna_dqn.py"),
+        ("--env-id TestCoin-v0 --capture-video", "can't make --env-id TestCoin-v0"),
+        ("--evaluate no_such_file.pt", "can't read the checkpoint no_such_file.pt"),
     ],
 )
-def test_bad_flags_are_one_clear_line(kwargs, message):
+def test_bad_flags_are_one_clear_line(flags, message):
     with pytest.raises(SystemExit, match=message) as error:
-        train(**kwargs)
+        main(parse_args(flags.split()))
     assert "\n" not in str(error.value)
