@@ -268,18 +268,20 @@ def cell_planes(cells: Tensor) -> Tensor:
 
 
 def player_view(cells: Tensor) -> Tensor:
-    """Boards (..., H, W) rolled so that the player stands in the middle, at ((H-1)//2, (W-1)//2): (..., H-1, W-1).
+    """Boards (..., H, W) rolled so that the player stands in the middle: (..., V, V'), odd sides.
 
-    Row 0 and row H-1 are both wall, and columns alike: counted modulo H-1, the wall stands in the result once.
+    Where H is even V is H-1: rows 0 and H-1 are both wall, and one is left out. So the middle is a cell, and to turn
+    the board is to turn the view.
     """
     height, width = cells.shape[-2:]
+    view_height, view_width = (height - 1) // 2 * 2 + 1, (width - 1) // 2 * 2 + 1
     boards = cells.reshape(-1, height * width)
     player = boards.argmax(1)[:, None]  # (N, 1), its value is the highest
-    y, x = torch.arange(height - 1, device=cells.device), torch.arange(width - 1, device=cells.device)
-    rows = (player // width + y - (height - 1) // 2) % (height - 1)  # (N, H-1)
-    columns = (player % width + x - (width - 1) // 2) % (width - 1)  # (N, W-1)
+    y, x = torch.arange(view_height, device=cells.device), torch.arange(view_width, device=cells.device)
+    rows = (player // width + y - view_height // 2) % view_height  # (N, V)
+    columns = (player % width + x - view_width // 2) % view_width  # (N, V')
     index = rows[:, :, None] * width + columns[:, None, :]
-    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], height - 1, width - 1)
+    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], view_height, view_width)
 
 
 def generalized_advantages(
@@ -319,7 +321,7 @@ class FrameNet(nn.Module):
         self.kind, self.view = args.observation, args.view
         pixels = 8 * args.size if self.kind == "rgb" else args.size
         if self.view == "player":
-            pixels -= 1
+            pixels = (pixels - 1) // 2 * 2 + 1
         layers: list[nn.Module] = []
         for i, width in enumerate(channels):
             if self.kind == "rgb":
