@@ -355,7 +355,7 @@ def solved_share(agent: DistralAgent, args: Args, levels: Tensor, distilled: boo
     return solved.unflatten(0, (n, L)).float().mean(1)
 
 
-def evaluate(agent: DistralAgent, args: Args, H: int, W: int, device: torch.device) -> dict[str, float]:
+def evaluate_tasks(agent: DistralAgent, args: Args, H: int, W: int, device: torch.device) -> dict[str, float]:
     """Shares of held-out levels solved: by π_i on its task, by π_0 on all tasks, and by π_0 on the held-out task."""
     levels = []
     for task in (*args.tasks, args.held_out):
@@ -410,7 +410,7 @@ def main(args: Args) -> dict[str, float]:
         except RuntimeError as e:
             sys.exit(f"{path} was made with other parts or sizes than these flags: {str(e).splitlines()[1].strip()}")
     if args.evaluate:
-        metrics = evaluate(agent, args, H, W, device)
+        metrics = evaluate_tasks(agent, args, H, W, device)
         print(" ".join(f"{name}={value:.4g}" for name, value in metrics.items()))
         return metrics
 
@@ -502,7 +502,7 @@ def main(args: Args) -> dict[str, float]:
             metrics |= {f"charts/solved_{task}": share for task, share in zip(args.tasks, shares, strict=True)}
             metrics["charts/solved"] = sum(shares) / n
         if over:
-            metrics |= evaluate(agent, args, H, W, device)
+            metrics |= evaluate_tasks(agent, args, H, W, device)
         logger.log(global_step, metrics)
         saved = {"args": asdict(replace(args, resume=None)), "agent": agent.state_dict(), "global_step": global_step}
         progress = {"run_name": run_name, "rows": logger.rows, "optimizer": optimizer.state_dict()}
