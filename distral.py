@@ -277,7 +277,7 @@ class DistralAgent(nn.Module):
         super().__init__()
         self.view = args.view
         if args.view == "player":
-            height, width = height - 1, width - 1
+            height, width = (height - 1) // 2 * 2 + 1, (width - 1) // 2 * 2 + 1
         columns = [PolicyColumn(args.channels, args.dense, height, width) for _ in range(1 + len(args.tasks))]
         self.own = nn.ModuleList(columns[:1] * len(args.tasks) if args.algorithm == "multitask" else columns[1:])
         self.shared = columns[0] if args.algorithm in ("distral", "two-column") else None
