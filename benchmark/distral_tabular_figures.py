@@ -32,31 +32,24 @@ BASE = "--num-seeds 20 --total-timesteps 14000 --eval-frequency 250"
 NEW = "--first-goal 8 --num-tasks 4 --total-timesteps 8000"  # four goals that no π_0 has seen
 SETTINGS = {
     "distral_1_beta5": "--alpha 1 --beta 5",
-    "distral_1_beta20": "--alpha 1 --beta 20",
-    "distral_1_beta50": "--alpha 1 --beta 50",
-    "distral_1_beta100": "--alpha 1 --beta 100",
-    "independent_beta5": "--alpha 0 --beta 5",
-    "independent_beta20": "--alpha 0 --beta 20",
-    "independent_beta50": "--alpha 0 --beta 50",
-    "independent_beta100": "--alpha 0 --beta 100",
-    "uniform_1_beta50": "--alpha 1 --beta 50 --freeze",
     "distral_0.8_beta5": "--alpha 0.8 --beta 5",
-    "distral_0.8_beta20": "--alpha 0.8 --beta 20",
-    "distral_0.8_beta50": "--alpha 0.8 --beta 50",
-    "distral_0.8_beta100": "--alpha 0.8 --beta 100",
     "distral_0.5_beta5": "--alpha 0.5 --beta 5",
-    "distral_0.5_beta50": "--alpha 0.5 --beta 50",
-    "uniform_0.8_beta5": "--alpha 0.8 --beta 5 --freeze",
-    "uniform_0.8_beta20": "--alpha 0.8 --beta 20 --freeze",
-    "uniform_0.8_beta50": "--alpha 0.8 --beta 50 --freeze",
-    "no-action_distral_0.8_beta50": "--alpha 0.8 --beta 50 --no-previous-action --total-timesteps 6000",
+    "independent_beta5": "--alpha 0 --beta 5",
+    "distral_1_beta20": "--alpha 1 --beta 20",
+    "independent_beta20": "--alpha 0 --beta 20",
+    "distral_1_beta50": "--alpha 1 --beta 50",
+    "uniform_1_beta50": "--alpha 1 --beta 50 --freeze",
+    "independent_beta50": "--alpha 0 --beta 50",
+    "distral_1_beta100": "--alpha 1 --beta 100",
+    "independent_beta100": "--alpha 0 --beta 100",
+    "no-action_distral_1_beta50": "--alpha 1 --beta 50 --no-previous-action --total-timesteps 6000",
     "no-action_independent_beta50": "--alpha 0 --beta 50 --no-previous-action --total-timesteps 6000",
-    "new_frozen": f"--alpha 0.8 --beta 50 {NEW} --freeze --distilled PRIOR",  # the π_0 of distral_0.8_beta50
-    "new_started": f"--alpha 0.8 --beta 50 {NEW} --distilled PRIOR",
-    "new_scratch": f"--alpha 0.8 --beta 50 {NEW}",
-    "new_independent": f"--alpha 0 --beta 100 {NEW}",
+    "new_frozen": f"--alpha 1 --beta 50 {NEW} --freeze --distilled PRIOR",  # the π_0 of distral_1_beta50
+    "new_started": f"--alpha 1 --beta 50 {NEW} --distilled PRIOR",
+    "new_scratch": f"--alpha 1 --beta 50 {NEW}",
+    "new_independent": f"--alpha 0 --beta 50 {NEW}",
 }
-SOURCE = "distral_0.8_beta50"
+SOURCE = "distral_1_beta50"
 KEYS = ("eval/greedy", "eval/policy", "eval/distilled", "eval/going_on")
 RED, BLUE, GREY = "#c03a2b", "#1f6fb4", "#888888"
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0)
@@ -164,13 +157,11 @@ def summary(data: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
             steps, reached = steps_to(table, f"eval/{key}")
             row |= {f"steps_{key}": round(steps.mean()), f"steps_{key}_half": round(half_interval(steps))}
             row[f"reached_{key}"] = int(reached.sum())
-        best = {"new": "new_independent", "no-action": "no-action_independent_beta50"}
-        same_beta = f"independent_{name.split('_')[-1]}"
-        for column, other in (("", best.get(name.split("_")[0], "independent_beta100")), ("_same_beta", same_beta)):
-            if other in data and other != name and not name.startswith("independent"):
-                pairs = steps_to(table, "eval/policy")[0], steps_to(data[other], "eval/policy")[0]
-                names = (f"ratio{column}", f"ratio{column}_low", f"ratio{column}_high")
-                row |= dict(zip(names, (round(x, 3) for x in ratio(*pairs)), strict=True))
+        others = {"new": "new_independent", "no-action": "no-action_independent_beta50"}
+        other = others.get(name.split("_")[0], f"independent_{name.split('_')[-1]}")
+        if other in data and "independent" not in name:  # steps as a share of independent learning's, seed by seed
+            shares = ratio(steps_to(table, "eval/policy")[0], steps_to(data[other], "eval/policy")[0])
+            row |= dict(zip(("ratio", "ratio_low", "ratio_high"), (round(x, 3) for x in shares), strict=True))
         for key in KEYS:
             values, short = table[key][:, -1], key.removeprefix("eval/")
             row |= {f"final_{short}": round(values.mean(), 4), f"final_{short}_half": round(half_interval(values), 4)}
@@ -184,7 +175,7 @@ def draw(data: dict[str, dict[str, np.ndarray]]) -> None:
     for name, colour, style, label in (
         ("distral_1_beta50", RED, "-", r"Distral, $\beta$ = 50"),
         ("uniform_1_beta50", BLUE, "-", r"π_0 frozen at uniform, $\beta$ = 50"),
-        ("independent_beta100", GREY, "-", r"independent, $\beta$ = 100 (its best)"),
+        ("independent_beta50", GREY, "-", r"independent, $\beta$ = 50"),
         ("distral_1_beta5", RED, "--", r"Distral, $\beta$ = 5"),
         ("independent_beta5", GREY, "--", r"independent, $\beta$ = 5"),
     ):

@@ -50,10 +50,6 @@ def small_agent(**kwargs) -> tuple[DistralAgent, torch.Tensor]:
     return agent, torch.stack([task_levels(task, 8) for task in SMALL["tasks"]])
 
 
-def has_gradient(module: torch.nn.Module) -> bool:
-    return any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
-
-
 def saved(name: str = "", file: str = "agent.pt") -> dict:
     """The file of the run whose folder's name holds `name`."""
     (path,) = pathlib.Path().glob(f"runs/*{name}*/{file}")
@@ -129,15 +125,6 @@ def test_distilled_policy_loss_gradient_is_the_difference_of_the_policies():
     assert loss.item() == pytest.approx(-(own.softmax(-1) * h.log_softmax(-1)).sum().item() / 6)
     torch.testing.assert_close(h.grad, (h.softmax(-1) - own.softmax(-1)).detach() / 6)
     assert own.grad is None  # π_i is the target
-
-
-@pytest.mark.parametrize("columns", [1, 2])
-def test_policy_gradient_reaches_h_in_two_columns_only(columns):
-    agent, boards = small_agent(columns=columns)
-    logits, _, values = agent(boards)
-    actions, advantages = torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8)
-    sum(distral.actor_critic_losses(logits, values, actions, advantages)[:2]).backward()
-    assert all(has_gradient(own) for own in agent.own) and has_gradient(agent.shared) == (columns == 2)
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
@@ -249,20 +236,14 @@ def test_the_loop_hands_on_what_happened(watch):
 )  # fmt: skip
 def test_each_loss_has_its_coefficient(watch, flags, distillation, entropy):
     seen = watch(leaves=True, vf_coef=0.7, ent_coef=0.3, **flags)
-    grads = [[x.grad for x in (*losses, fitted)] for (_, losses), (_, fitted) in zip(
-        seen.losses, seen.distilled, strict=True)]  # fmt: skip
-    for policy, value, bonus, fit in grads:
+    for k, ((_, losses), (_, fitted)) in enumerate(zip(seen.losses, seen.distilled, strict=True)):
+        policy, value, bonus, fit = (x.grad for x in (*losses, fitted))
         assert (policy, value) == (1.0, pytest.approx(0.7))
         assert (bonus is None) if entropy is None else bonus == pytest.approx(entropy)
         assert (fit is None) if distillation is None else fit == pytest.approx(distillation)
-
-
-def test_baselines_see_the_plain_reward(watch):
-    seen = watch(algorithm="independent")
-    assert not seen.regularized
-    for k, ((rewards, *_), _) in enumerate(seen.advantages):
-        paid = torch.stack([x[2] for x in seen.steps[8 * k : 8 * k + 8]]).unflatten(0, (4, 2))
-        torch.testing.assert_close(rewards, 0.1 * paid)
+        if entropy is not None:  # a baseline: it sees the plain reward
+            paid = torch.stack([x[2] for x in seen.steps[8 * k : 8 * k + 8]]).unflatten(0, (4, 2))
+            torch.testing.assert_close(seen.advantages[k][0][0], 0.1 * paid)
 
 
 def test_rows_are_means_and_shares_since_the_last_row(watch):
@@ -331,14 +312,6 @@ def test_training_moves_every_column(algorithm):
     moved = [name for name in weights if name.endswith("actor.weight")]
     assert moved and all((weights[name] - untrained[name]).abs().max() > 1e-3 for name in moved)
     assert {"eval/solved", "eval/distilled", "eval/held_out"} <= set(metrics)
-
-
-def test_a_seed_reproduces():
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        main(Args(**SMALL | {"seed": seed, "exp_name": f"run-{name}"}))
-    first, again, other = (saved(f"run-{name}")["agent"] for name in "abc")
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

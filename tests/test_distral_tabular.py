@@ -40,16 +40,6 @@ def test_soft_values_by_hand():
     np.testing.assert_allclose(np.exp(log_pi), unnormalised / unnormalised.sum(), rtol=1e-12)
 
 
-def test_soft_value_is_the_best_regularised_value():
-    """V = max_π Σ π (Q + (α/β) log π_0 - (1/β) log π): reached by π_i, and by nothing else."""
-    rng = np.random.default_rng(1)
-    q, log_prior, alpha, beta = rng.normal(size=4), np.log(rng.dirichlet(np.ones(4))), 0.7, 3.0
-    V, log_pi = soft_values(q, log_prior, alpha, beta)
-    value = lambda log_p: (np.exp(log_p) * (q + alpha / beta * log_prior - log_p / beta)).sum()  # noqa: E731
-    assert value(log_pi) == pytest.approx(V, rel=1e-12)
-    assert all(value(np.log(rng.dirichlet(np.ones(4)))) < V for _ in range(200))
-
-
 def test_finite_at_large_beta_q():
     for q in ([1e4, 0.0, -1e4, 5e3], [-1e4] * 4):
         V, log_pi = soft_values(np.array(q), np.log(np.full(4, 0.25)), 0.8, 1.0)
@@ -95,6 +85,7 @@ def test_exact_returns():
     # always up: never there within 20 steps but from below in the goal's column; the other task's policy goes left
     policy = np.zeros((1, 2, len(cells) * 5, 4))
     policy[0, 0, :, 0] = policy[0, 1, :, 2] = 1
+    policy[0, 0, 4::5] = [0, 1, 0, 0]  # after a step to the right, which it never takes
     value = episode_returns(policy, ahead, np.array([[0, 0]]), 5, 0.95, 20)[0]
     column = [paths(d) for d in range(1, 5)]
     assert value == pytest.approx([(sum(column) + 48 * -0.1 * (1 - 0.95**20) / 0.05) / 52] * 2, rel=1e-9)
@@ -148,6 +139,7 @@ def test_the_loop_hands_on_what_happened(monkeypatch):
     def watch_update(Q, where, target, rate):
         updates.append((where, target.copy(), Q.copy(), rate))
         update(Q, where, target, rate)
+        np.testing.assert_allclose(Q[where], 0.1 * updates[-1][2][where] + 0.9 * target, rtol=1e-12)
 
     def watch_values(q, log_prior, alpha, beta):
         if q.shape == (1, 2, 4):
@@ -222,14 +214,6 @@ def test_alpha_0_ignores_the_distilled_policy():
     assert (frozen["log_prior"] == -np.log(4)).all() and (free["log_prior"] != -np.log(4)).any()
     other = main(Args(**SMALL))
     assert (other["Q"] != free["Q"]).any()
-
-
-def test_reproduces_by_seed():
-    first, again, other = (main(Args(**SMALL | {"seed": seed})) for seed in (1, 1, 2))
-    for name in ("Q", "log_prior"):
-        np.testing.assert_array_equal(first[name], again[name])
-    assert (first["Q"] != 0).any() and (first["Q"] != other["Q"]).any()
-    assert [row["global_step"] for row in first["rows"]] == [0, 200, 400]
 
 
 def test_save_evaluate_and_held_out_goal():
