@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import tyro
 from common import RESULTS, ROOT, read_rows, write_rows
 
-KEPT = ("global_step", "charts/", "eval/", "model/", "losses/entropy")  # columns, by the start of their names
+# Columns, by the start of their names
+KEPT = ("global_step", "charts/", "eval/", "model/", "losses/entropy", "losses/kl_to_pi_0")
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""distral.py: identities of the columns, the regularised reward, who learns from which loss, ends, files and flags."""
+"""distral.py: the columns, the regularised reward, who learns from which loss, what the loop hands on, files, flags."""
 
-import os
-import signal
+import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -11,79 +11,94 @@ import distral
 from distral import (
     Args,
     DistralAgent,
+    cell_planes,
     distilled_policy_loss,
-    effective_alpha,
-    generalized_advantages,
     main,
     pad_boards,
-    read_task,
+    parse_args,
+    player_view,
     regularized_rewards,
-    solve_levels,
-    task_levels,
-    two_column_logits,
+    solved_share,
 )
+from sokoban_env import SokobanVectorEnv, generate_levels
 
 SMALL = {
     "tasks": ("5x5-1", "6x5-1"), "held_out": "5x5-2", "num_envs": 4, "num_steps": 4, "total_timesteps": 128,
-    "log_frequency": 64, "channels": 4, "dense": 16, "eval_episodes": 6, "max_episode_steps": 10,
+    "log_frequency": 64, "channels": 4, "dense": 16, "eval_episodes": 6, "max_episode_steps": 5,
 }  # fmt: skip
+ALGORITHMS = ("distral", "independent", "multitask", "two-column")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def task_levels(task: str, num: int, height: int = 6, width: int = 5) -> torch.Tensor:
+    """The held-out levels of a task, padded."""
+    h, w, boxes = int(task[0]), int(task[2]), int(task[4])
+    return pad_boards(generate_levels(num, size=(h, w), num_boxes=boxes, seed=10**9)[0], height, width)
 
 
 def small_agent(**kwargs) -> tuple[DistralAgent, torch.Tensor]:
-    """An agent whose policies differ clearly, and boards (n, rows, H, W)."""
+    """An agent whose policies differ clearly, and boards (n, N, H, W)."""
     torch.manual_seed(1)
     agent = DistralAgent(Args(**SMALL | kwargs), 6, 5)
-    for column in (*agent.own, *([agent.shared] if agent.shared else [])):
-        torch.nn.init.normal_(column.actor.weight, std=0.5)
-    return agent, torch.stack([pad_boards(task_levels(task, 8), 6, 5) for task in SMALL["tasks"]])
+    for module in agent.modules():
+        if isinstance(module, distral.PolicyColumn):
+            torch.nn.init.normal_(module.actor.weight, std=0.5)
+    return agent, torch.stack([task_levels(task, 8) for task in SMALL["tasks"]])
 
 
-def has_gradient(module: torch.nn.Module) -> bool:
-    return any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+def saved(name: str = "", file: str = "agent.pt") -> dict:
+    """The file of the run whose folder's name holds `name`."""
+    (path,) = pathlib.Path().glob(f"runs/*{name}*/{file}")
+    return torch.load(path, weights_only=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- identities
+# ---------------------------------------------------------------------------------------------------------- the columns
 
 
-def test_two_columns_are_pi_0_to_the_alpha_times_exp_beta_f():
-    torch.manual_seed(1)
-    h, beta_f, alpha = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64), 0.3
-    pi = two_column_logits(h, beta_f, alpha).softmax(-1)
-    expected = h.softmax(-1) ** alpha * beta_f.exp()
-    torch.testing.assert_close(pi, expected / expected.sum(-1, keepdim=True))
-    torch.testing.assert_close(pi.sum(-1), torch.ones(6, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(("columns", "variant"), [(2, "kl+ent"), (2, "kl"), (1, "kl+ent")])
-def test_agent_puts_its_columns_together(columns, variant):
-    agent, boards = small_agent(columns=columns, variant=variant, alpha=0.4)
-    logits, values, h = agent(boards)
-    alpha = 0.4 if variant == "kl+ent" else 1.0
+@pytest.mark.parametrize("view", ["player", "board"])
+@pytest.mark.parametrize(("columns", "alpha"), [(2, 0.4), (2, 1.0), (1, 0.4)])
+def test_agent_puts_its_columns_together(columns, alpha, view):
+    """In two columns π_i is π_0^α exp(β f_i), normalised; each task's boards go through its own column."""
+    agent, boards = small_agent(columns=columns, alpha=alpha, view=view)
+    logits, h, values = agent(boards)
     for i in range(2):
-        x = distral.cell_planes(boards[i])
-        own, value = agent.own[i](x)
-        shared, _ = agent.shared(x)
-        torch.testing.assert_close(h[i], shared)
+        planes = cell_planes(player_view(boards[i]) if view == "player" else boards[i])
+        own, value = agent.own[i](planes)
+        prior = agent.shared(planes)[0].softmax(-1)
+        torch.testing.assert_close(h[i].softmax(-1), prior)
         torch.testing.assert_close(values[i], value)
-        torch.testing.assert_close(logits[i], alpha * shared + own if columns == 2 else own)
-        torch.testing.assert_close(agent.task_policy(i, boards[i]), logits[i])
-        torch.testing.assert_close(agent.distilled_policy(boards[i]), shared)
+        pi = prior**alpha * own.exp() if columns == 2 else own.exp()
+        torch.testing.assert_close(logits[i].softmax(-1), pi / pi.sum(-1, keepdim=True))
+    whole = agent(torch.stack([boards, boards.flip(1)]))  # leading axes
+    for alone, both in zip((logits, h, values), whole, strict=True):
+        torch.testing.assert_close(both[0], alone)
 
 
 def test_baselines_have_the_columns_they_should():
     for algorithm, own, shared in (("independent", 2, False), ("multitask", 1, False), ("two-column", 2, True)):
-        agent, boards = small_agent(algorithm=algorithm)
-        assert (len(agent.own), agent.shared is not None) == (own, shared)
-        logits, _, h = agent(boards)
-        assert (h is not None) == shared
-        torch.testing.assert_close(agent.task_policy(1, boards[1]), logits[1])
-    agent, boards = small_agent(algorithm="multitask")
-    torch.testing.assert_close(agent(boards)[0][1], agent.distilled_policy(boards[1]))
+        agent, boards = small_agent(algorithm=algorithm, alpha=0.3, columns=1)
+        assert (len(set(agent.own)), agent.shared is not None) == (own, shared)
+        logits, prior, _ = agent(boards)
+        if shared:  # α = 1, two columns in any case
+            planes = cell_planes(player_view(boards[1]))
+            torch.testing.assert_close(logits[1], agent.shared(planes)[0] + agent.own[1](planes)[0])
+        else:
+            assert prior is logits
 
 
-def test_effective_alpha():
-    for kwargs, alpha in (({}, 0.5), ({"variant": "kl"}, 1.0), ({"alpha": 0.9}, 0.9), ({"algorithm": "two-column"}, 1)):
-        assert effective_alpha(Args(**kwargs)) == alpha
+def test_padding_is_wall_and_leaves_the_players_view_whole():
+    levels = task_levels("5x5-1", 3, 5, 5)
+    padded = pad_boards(levels, 7, 6)
+    assert padded.shape == (3, 7, 6) and torch.equal(padded[:, :5, :5], levels)
+    assert (padded[:, 5:] == 0).all() and (padded[:, :, 5:] == 0).all()
+    view = player_view(padded)
+    assert view.shape == (3, 7, 5) and (view[:, 3, 2] >= 5).all()
+    for cell in range(1, 7):  # all but walls
+        assert torch.equal((view == cell).sum((1, 2)), (levels == cell).sum((1, 2)))
 
 
 # ------------------------------------------------------------------------------------- the regularised reward, once
@@ -99,328 +114,261 @@ def test_regularized_rewards_by_hand_and_gathered():
     assert not result.requires_grad  # a constant for the losses
 
 
-def test_regularized_reward_is_kl_and_entropy_in_expectation():
-    """E_π[(α/β) log π_0 - (1/β) log π] = -c_KL KL(π‖π_0) + c_Ent H(π), with c_KL = α/β and c_Ent = (1-α)/β."""
-    torch.manual_seed(1)
-    log_pi, log_prior = (torch.randn(5, dtype=torch.float64).log_softmax(0) for _ in range(2))
-    alpha, beta = 0.7, 20.0
-    all_actions = torch.arange(5)
-    r = regularized_rewards(
-        torch.zeros(5).double(), log_pi.expand(5, 5), log_prior.expand(5, 5), all_actions, alpha, beta
-    )
-    kl, entropy = (log_pi.exp() * (log_pi - log_prior)).sum(), -(log_pi.exp() * log_pi).sum()
-    expected = -alpha / beta * kl + (1 - alpha) / beta * entropy
-    assert (log_pi.exp() * r).sum().item() == pytest.approx(expected.item(), rel=1e-12)
-
-
-def watch_losses(monkeypatch, tmp_path, **kwargs):
-    """The rewards that reach the advantages and what the losses were made of, in a run of a few updates."""
-    monkeypatch.chdir(tmp_path)
-    seen = {"rewards": [], "losses": [], "regularized": []}
-    advantages, losses, regularized = generalized_advantages, distral.actor_critic_losses, regularized_rewards
-
-    def watch_advantages(rewards, *rest):
-        seen["rewards"].append((rewards, rest))
-        return advantages(rewards, *rest)
-
-    def watch_actor_critic(*arguments):
-        seen["losses"].append((arguments, losses(*arguments)))
-        return seen["losses"][-1][1]
-
-    def watch_regularized(*arguments):
-        seen["regularized"].append((arguments, regularized(*arguments)))
-        return seen["regularized"][-1][1]
-
-    monkeypatch.setattr(distral, "generalized_advantages", watch_advantages)
-    monkeypatch.setattr(distral, "actor_critic_losses", watch_actor_critic)
-    monkeypatch.setattr(distral, "regularized_rewards", watch_regularized)
-    main(Args(**SMALL | kwargs))
-    return seen
-
-
-def test_the_regularised_reward_reaches_the_advantages_once(tmp_path, monkeypatch):
-    seen = watch_losses(monkeypatch, tmp_path)
-    assert len(seen["regularized"]) == len(seen["rewards"]) == 4
-    pieces = zip(seen["regularized"], seen["rewards"], seen["losses"], strict=True)
-    for (arguments, result), (rewards, _), (actor_critic, _) in pieces:
-        assert rewards is result
-        plain, log_pi, log_prior, actions, alpha, beta = arguments
-        assert (alpha, beta) == (0.5, 500.0) and plain.abs().max() <= 1.2  # scaled by .1
-        torch.testing.assert_close(log_pi, actor_critic[0].log_softmax(-1))
-        torch.testing.assert_close(log_prior.exp().sum(-1), torch.ones(4, 2, 4))
-        assert torch.equal(actions, actor_critic[2])
-
-
-def test_baselines_see_the_plain_reward(tmp_path, monkeypatch):
-    seen = watch_losses(monkeypatch, tmp_path, algorithm="independent")
-    assert not seen["regularized"]
-    for rewards, _ in seen["rewards"]:
-        assert all(min(abs(10 * x - y) for y in (-1.1, -0.1, 0.9, 10.9)) < 1e-4 for x in rewards.unique().tolist())
-
-
-def test_the_entropy_is_not_in_distrals_loss_again(tmp_path, monkeypatch):
-    """With a huge --ent-coef, Distral's run is the same and a baseline's isn't."""
-    monkeypatch.chdir(tmp_path)
-    weights = {}
-    for algorithm in ("distral", "two-column"):
-        for ent_coef in (0.0, 10.0):
-            name = f"{algorithm}{ent_coef}"
-            main(Args(**SMALL | {"algorithm": algorithm, "ent_coef": ent_coef, "exp_name": name}))
-            (path,) = tmp_path.glob(f"runs/*{name}*/checkpoint.pt")
-            weights[name] = torch.load(path, weights_only=True)["agent"]["own.0.actor.weight"]
-    assert torch.equal(weights["distral0.0"], weights["distral10.0"])
-    assert not torch.equal(weights["two-column0.0"], weights["two-column10.0"])
-
-
 # --------------------------------------------------------------------------------------------- who learns from what
 
 
-def test_distilled_policy_loss_gradient_is_alpha_over_beta_times_the_difference():
+def test_distilled_policy_loss_gradient_is_the_difference_of_the_policies():
     torch.manual_seed(1)
-    h = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    own = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    alpha, beta = 0.5, 4.0
-    loss = distilled_policy_loss(own.log_softmax(-1), h.log_softmax(-1), alpha, beta)
+    h, own = (torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss = distilled_policy_loss(own.log_softmax(-1), h.log_softmax(-1))
     loss.backward()
-    torch.testing.assert_close(h.grad, alpha / beta * (h.softmax(-1) - own.softmax(-1)).detach() / 6)
+    assert loss.item() == pytest.approx(-(own.softmax(-1) * h.log_softmax(-1)).sum().item() / 6)
+    torch.testing.assert_close(h.grad, (h.softmax(-1) - own.softmax(-1)).detach() / 6)
     assert own.grad is None  # π_i is the target
-    index = (2, 3)
-    values = []
-    for step in (1e-6, -1e-6):
-        moved = h.detach().clone()
-        moved[index] += step
-        values.append(distilled_policy_loss(own.log_softmax(-1), moved.log_softmax(-1), alpha, beta).item())
-    assert (values[0] - values[1]) / 2e-6 == pytest.approx(h.grad[index].item(), rel=1e-6)
 
 
-def test_distilled_policy_loss_is_a_mean_and_least_at_the_centroid():
-    pi = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]]).double()
-    loss = lambda p: distilled_policy_loss(pi.log(), p.log().expand(2, 3), 1.0, 1.0).item()  # noqa: E731
-    centroid = pi.mean(0)
-    assert loss(centroid) < min(loss(pi[0]), loss(pi[1]), loss(torch.full((3,), 1 / 3).double()))
-    twice = distilled_policy_loss(pi.log().repeat(2, 1), centroid.log().expand(4, 3), 1.0, 1.0).item()
-    assert twice == pytest.approx(loss(centroid))
+# -------------------------------------------------------------------------------------------------------- the loop
 
 
-@pytest.mark.parametrize("columns", [1, 2])
-def test_policy_gradient_reaches_h_in_two_columns_only(columns):
-    agent, boards = small_agent(columns=columns)
-    logits, values, _ = agent(boards)
-    actions, advantages = torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8)
-    policy_loss, value_loss, _ = distral.actor_critic_losses(logits, values, actions, advantages)
-    (policy_loss + value_loss).backward()
-    assert all(has_gradient(own) for own in agent.own) and has_gradient(agent.shared) == (columns == 2)
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(**flags): a run of `main`, and what went through its functions in each iteration."""
+
+    def run(leaves: bool = False, **kwargs) -> types.SimpleNamespace:
+        names = ("envs", "steps", "acted", "advantages", "losses", "regularized", "distilled", "clipped", "true_values")
+        seen = types.SimpleNamespace(**{name: [] for name in names})
+        agents, build, step, reset = [], DistralAgent.__init__, SokobanVectorEnv.step, SokobanVectorEnv.reset
+        monkeypatch.setattr(DistralAgent, "__init__", lambda self, *a: agents.append(self) or build(self, *a))
+
+        def watch_reset(env, **kw):
+            seen.envs.append((env, kw["seed"]))
+            return reset(env, **kw)
+
+        def watch_step(env, actions):
+            result = step(env, actions)
+            seen.steps.append((actions.clone(), *(x.clone() for x in result[:4]),
+                               result[4].get("final_obs", result[0]).clone()))  # fmt: skip
+            return result
+
+        def watched(name: str, into: list, after=lambda result: result):
+            original = getattr(distral, name)
+
+            def call(*arguments):
+                result = after(original(*arguments))
+                into.append((arguments, result))
+                return result
+
+            monkeypatch.setattr(distral, name, call)
+
+        def as_leaves(result):
+            if not leaves:
+                return result
+            single = isinstance(result, torch.Tensor)
+            made = tuple(x.detach().clone().requires_grad_() for x in ((result,) if single else result))
+            return made[0] if single else made
+
+        def true_values(result):  # what the agent says of the boards that the last T steps led to
+            last = [pad_boards(x[5], 6, 5) for x in seen.steps[-8:]]
+            with torch.no_grad():
+                seen.true_values.append(agents[0](torch.stack(last).unflatten(0, (4, 2)))[2])
+            return result
+
+        monkeypatch.setattr(SokobanVectorEnv, "reset", watch_reset)
+        monkeypatch.setattr(SokobanVectorEnv, "step", watch_step)
+        watched("sample", seen.acted)
+        watched("generalized_advantages", seen.advantages, true_values)
+        watched("actor_critic_losses", seen.losses, as_leaves)
+        watched("regularized_rewards", seen.regularized)
+        watched("distilled_policy_loss", seen.distilled, as_leaves)
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def watch_clip(parameters, norm):
+            parameters = list(parameters)
+            seen.clipped.append(({id(p) for p in parameters}, norm))
+            return clip(parameters, norm)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch_clip)
+        seen.metrics = main(Args(**SMALL | kwargs))
+        seen.agent = agents[0]
+        return seen
+
+    return run
 
 
-@pytest.mark.parametrize("columns", [1, 2])
-def test_rewards_move_pi_i_and_the_prior_moves_it_too(tmp_path, monkeypatch, columns):
-    """The one-column version has both gradients as well: of the task's reward, and of the pull to π_0."""
-    monkeypatch.chdir(tmp_path)
-    weights = []
-    for k, kwargs in enumerate(({}, {"reward_scale": 0.5}, {"beta": 5.0})):
-        main(Args(**SMALL | {"columns": columns, "exp_name": f"run{k}"} | kwargs))
-        (path,) = tmp_path.glob(f"runs/*run{k}*/checkpoint.pt")
-        weights.append(torch.load(path, weights_only=True)["agent"])
-    for other in weights[1:]:
-        assert not torch.equal(weights[0]["own.0.actor.weight"], other["own.0.actor.weight"])
-
-
-def test_tasks_do_not_touch_each_others_columns():
-    agent, boards = small_agent(columns=1)
-    logits, values, _ = agent(boards)
-    (logits[0].sum() + values[0].sum()).backward()
-    assert has_gradient(agent.own[0]) and not has_gradient(agent.own[1])
-
-
-# ------------------------------------------------------------------------------------------------- the loop's ends
-
-
-def test_bootstrap_stops_at_termination_and_uses_the_true_last_board(tmp_path, monkeypatch):
-    """A truncated episode's next value is that of its own last board, not of the next episode's first."""
-    seen = watch_losses(monkeypatch, tmp_path, max_episode_steps=2, total_timesteps=256, algorithm="independent")
+def test_the_loop_hands_on_what_happened(watch):
+    seen = watch(algorithm="distral", total_timesteps=256)
+    assert [seed for _, seed in seen.envs[:2]] == [1000, 1001]  # each task's levels are others
+    assert [(env.height, env.width, env.num_envs) for env, _ in seen.envs[:2]] == [(5, 5, 4), (6, 5, 4)]
     truncations = 0
-    for _, (values, next_values, terminated, done, gamma, lam) in seen["rewards"]:
+    for k, ((rewards, values, next_values, terminated, done, gamma, lam), _) in enumerate(seen.advantages):
+        steps = seen.steps[8 * k : 8 * k + 8]  # T = 4 of n = 2 tasks
+        taken, _, paid, ends, cuts, _ = (
+            torch.stack([pad_boards(x[j], 6, 5) if x[j].dim() == 3 else x[j] for x in steps]).unflatten(0, (4, 2))
+            for j in range(6)
+        )
         assert (gamma, lam) == (0.97, 1.0)
-        truncated = done & ~terminated
-        truncations += int(truncated.sum())
-        inner = ~done[:-1]
-        torch.testing.assert_close(next_values[:-1][inner], values[1:][inner], rtol=1e-4, atol=1e-5)
-        cut = truncated[:-1]
-        assert (next_values[:-1][cut] - values[1:][cut]).abs().max() > 1e-4  # the next episode's board is another
-    assert truncations > 20
+        assert torch.equal(terminated, ends) and torch.equal(done, ends | cuts)
+        torch.testing.assert_close(next_values, seen.true_values[k])  # of an episode's last board, before its reset
+        truncations += int((cuts & ~ends).sum())
+        (logits, own_values, actions, advantages), _ = seen.losses[k]
+        assert torch.equal(actions, taken) and torch.equal(own_values, values)
+        assert advantages is seen.advantages[k][1]
+        acted = torch.stack([arguments[0] for arguments, _ in seen.acted[4 * k : 4 * k + 4]])  # the policy that acts
+        torch.testing.assert_close(logits, acted)
+        (plain, log_pi, log_prior, labels, alpha, beta), regularized = seen.regularized[k]
+        assert rewards is regularized and (alpha, beta) == (0.5, 500.0)
+        torch.testing.assert_close(plain, 0.1 * paid)
+        torch.testing.assert_close(log_pi, logits.log_softmax(-1))
+        torch.testing.assert_close(log_prior.exp().sum(-1), torch.ones(4, 2, 4))
+        assert (log_prior - log_pi).abs().max() > 1e-3 and torch.equal(labels, actions)
+        (targets, fitted), _ = seen.distilled[k]
+        assert torch.equal(targets, log_pi) and torch.equal(fitted, log_prior)
+    assert len(seen.advantages) == 8 and truncations > 20
+    assert {norm for _, norm in seen.clipped} == {1.0} and len(seen.clipped) == 8 * 3
+    own = [{id(p) for p in module.parameters()} for module in (*seen.agent.own, seen.agent.shared)]
+    assert all(parameters in own for parameters, _ in seen.clipped)  # each column by itself
 
 
-def test_a_truncated_episode_is_valued_by_its_own_task(tmp_path, monkeypatch):
-    build = DistralAgent.__init__
-
-    def build_with_known_values(self, *arguments):
-        build(self, *arguments)
-        for i, own in enumerate(self.own):
-            torch.nn.init.zeros_(own.critic.weight)
-            torch.nn.init.constant_(own.critic.bias, 1.0 + i)
-
-    monkeypatch.setattr(DistralAgent, "__init__", build_with_known_values)
-    seen = watch_losses(monkeypatch, tmp_path, max_episode_steps=1, learning_rate=1e-9)
-    for _, (_, next_values, *_) in seen["rewards"]:
-        np.testing.assert_allclose(next_values, np.broadcast_to([[[1.0], [2.0]]], (4, 2, 4)), rtol=1e-4)
-
-
-def test_n_step_return_by_hand():
-    T, F = torch.tensor([[True]]), torch.tensor([[False]])
-    rewards, values, following = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1), torch.tensor([[0.0], [4.0]])
-    go_on = torch.cat([F, F])
-    result = generalized_advantages(rewards, values, following, go_on, go_on, 0.5, 1.0)
-    np.testing.assert_allclose(result.ravel(), [1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4])
-    end = torch.cat([F, T])
-    np.testing.assert_allclose(
-        generalized_advantages(rewards, values, following, end, end, 0.5, 1.0).ravel(), [1 + 0.5 * 2, 2]
-    )
+@pytest.mark.parametrize(
+    ("flags", "distillation", "entropy"),
+    [({}, 0.001, None), ({"columns": 1}, 1.0, None), ({"alpha": 1.0, "beta": 4.0}, 0.25, None),
+     ({"algorithm": "two-column"}, None, -0.3), ({"algorithm": "multitask"}, None, -0.3)],
+)  # fmt: skip
+def test_each_loss_has_its_coefficient(watch, flags, distillation, entropy):
+    seen = watch(leaves=True, vf_coef=0.7, ent_coef=0.3, **flags)
+    for k, ((_, losses), (_, fitted)) in enumerate(zip(seen.losses, seen.distilled, strict=True)):
+        policy, value, bonus, fit = (x.grad for x in (*losses, fitted))
+        assert (policy, value) == (1.0, pytest.approx(0.7))
+        assert (bonus is None) if entropy is None else bonus == pytest.approx(entropy)
+        assert (fit is None) if distillation is None else fit == pytest.approx(distillation)
+        if entropy is not None:  # a baseline: it sees the plain reward
+            paid = torch.stack([x[2] for x in seen.steps[8 * k : 8 * k + 8]]).unflatten(0, (4, 2))
+            torch.testing.assert_close(seen.advantages[k][0][0], 0.1 * paid)
 
 
-def test_padding_is_wall_and_keeps_the_game():
-    levels = task_levels("5x6-1", 3)
-    padded = pad_boards(levels, 7, 7)
-    assert padded.shape == (3, 7, 7) and torch.equal(padded[:, :5, :6], levels)
-    assert (padded[:, 5:] == 0).all() and (padded[:, :, 6:] == 0).all()
-    assert read_task("5x6-1") == (5, 6, 1)
+def test_rows_are_means_and_shares_since_the_last_row(watch):
+    seen = watch(total_timesteps=256, log_frequency=128, max_episode_steps=20)
+    rows = saved(file="checkpoint.pt")["rows"]
+    assert [row["global_step"] for row in rows] == [128, 256]
+    for k, row in enumerate(rows):
+        losses = [result for _, result in seen.losses[4 * k : 4 * k + 4]]
+        for name, values in zip(("policy_loss", "value_loss", "entropy"), zip(*losses, strict=True), strict=True):
+            assert row[f"losses/{name}"] == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
+        for i, task in enumerate(SMALL["tasks"]):
+            steps = seen.steps[32 * k : 32 * k + 32][i::2]
+            solved, ended = sum(x[3].sum() for x in steps), sum((x[3] | x[4]).sum() for x in steps)
+            if f"charts/solved_{task}" in row:
+                assert row[f"charts/solved_{task}"] == pytest.approx((solved / ended).item())
+        kls = [(pi.exp() * (pi - prior)).sum(-1).mean().item() for (pi, prior), _ in seen.distilled[4 * k : 4 * k + 4]]
+        assert row["losses/kl_to_pi_0"] == pytest.approx(np.mean(kls), rel=1e-4)
+    assert any("charts/solved" in row for row in rows)
 
 
-def test_solve_levels_counts_solved_ones():
-    level = torch.tensor([[[0, 0, 0, 0, 0, 0], [0, 5, 3, 1, 2, 0], [0, 0, 0, 0, 0, 0]]], dtype=torch.uint8)
-    args = Args(max_episode_steps=3)
-    for action, solved in ((4, True), (3, False)):  # right twice pushes the box onto its target, left does nothing
-        policy = lambda boards, action=action: 50.0 * torch.eye(5)[[action]].expand(len(boards), 5)  # noqa: E731
-        result, film = solve_levels(policy, level.repeat(4, 1, 1), args, 3, 6, torch.device("cpu"))
-        assert result.tolist() == [solved] * 4 and film.shape == (4, 4, 3, 6)
-        assert (film[-1] == film[2]).all()  # a game that is over stands still
+def test_evaluation_plays_the_right_policy_on_the_right_levels(monkeypatch):
+    calls = []
+
+    def share(agent, args, levels, distilled):
+        calls.append((levels, distilled))
+        return torch.tensor([0.25, 0.75]) / len(calls)
+
+    monkeypatch.setattr(distral, "solved_share", share)
+    metrics = main(Args(**SMALL))
+    own = torch.stack([task_levels(task, 6) for task in SMALL["tasks"]])
+    held_out = task_levels("5x5-2", 6).expand(2, 6, 6, 5)
+    for (levels, distilled), expected in zip(calls, ((own, False), (own, True), (held_out, True)), strict=True):
+        assert torch.equal(levels, expected[0]) and distilled == expected[1]
+    assert metrics == pytest.approx({
+        "eval/solved_5x5-1": 0.25, "eval/solved_6x5-1": 0.75, "eval/solved": 0.5, "eval/distilled": 0.25,
+        "eval/held_out": 0.5 / 3,
+    })  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", ["distral", "independent", "multitask", "two-column"])
-def test_training_moves_every_column_and_reproduces(tmp_path, monkeypatch, algorithm):
-    monkeypatch.chdir(tmp_path)
-    states = []
-    for k, seed in enumerate((1, 1, 2)):
-        metrics = main(Args(**SMALL | {"algorithm": algorithm, "seed": seed, "exp_name": f"run{k}"}))
-        (path,) = tmp_path.glob(f"runs/*run{k}*/checkpoint.pt")
-        states.append(torch.load(path, weights_only=True)["agent"])
-    first, again, other = states
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
+def test_solved_share_counts_each_level_once():
+    level = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 5, 3, 1, 2, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.uint8)
+    walled = level.clone()
+    walled[1, 3] = 0
+    levels = torch.stack([level, level, walled]).expand(2, 3, 3, 6)  # right twice pushes the box onto its target
+
+    def agent(boards):  # π_i goes right in the first task and left in the second, π_0 the other way round
+        right, left = 50 * torch.eye(5)[4], 50 * torch.eye(5)[3]
+        logits = torch.stack([right, left])[:, None].expand(*boards.shape[:2], 5)
+        return logits, logits.flip(0), None
+
+    for distilled, shares in ((False, [2 / 3, 0]), (True, [0, 2 / 3])):
+        result = solved_share(agent, Args(max_episode_steps=3), levels, distilled)
+        assert result.tolist() == pytest.approx(shares)
+    assert solved_share(agent, Args(max_episode_steps=1), levels, False).tolist() == [0, 0]
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_training_moves_every_column(algorithm):
+    metrics = main(Args(**SMALL | {"algorithm": algorithm}))
     torch.manual_seed(1)
     untrained = DistralAgent(Args(**SMALL | {"algorithm": algorithm}), 6, 5).state_dict()
-    moved = [name for name in first if name.endswith("actor.weight")]
-    assert moved and all((first[name] - untrained[name]).abs().max() > 1e-3 for name in moved)
-    assert {"eval/solved", "eval/held_out"} <= set(metrics)
-    assert ("eval/distilled" in metrics) == (algorithm != "independent")
+    weights = saved()["agent"]
+    moved = [name for name in weights if name.endswith("actor.weight")]
+    assert moved and all((weights[name] - untrained[name]).abs().max() > 1e-3 for name in moved)
+    assert {"eval/solved", "eval/distilled", "eval/held_out"} <= set(metrics)
 
 
-def test_one_column_trains_the_distilled_policy_towards_the_tasks(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL | {"columns": 1, "total_timesteps": 2048, "log_frequency": 512, "beta": 5.0, "variant": "kl"}))
-    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
-    bias = torch.load(path, weights_only=True)["agent"]["shared.actor.bias"]
-    assert bias.abs().max() > 0.01  # it starts at 0, and nothing but the distillation reaches it
-    (path,) = tmp_path.glob("runs/*/metrics.csv")
-    lines = [line.split(",") for line in path.read_text().splitlines()]
-    column = lines[0].index("losses/kl_to_distilled")
-    assert 0 <= float(lines[4][column]) < 0.02
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_one_column_fits_the_distilled_policy_at_any_alpha(alpha):
+    """With α = 0, too, where the factor α/β of its loss is 0: no NaN in it."""
+    main(Args(**SMALL | {"columns": 1, "alpha": alpha, "total_timesteps": 1024, "log_frequency": 512}))
+    assert saved()["agent"]["shared.actor.bias"].abs().max() > 0.01  # it starts at 0
+    assert all(np.isfinite(list(row.values())).all() for row in saved(file="checkpoint.pt")["rows"])
 
 
-# ------------------------------------------------------------------------------------------------- files and flags
-
-
-def test_resume_continues_bit_for_bit_and_evaluate_reads(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    args = SMALL | {"total_timesteps": 256, "checkpoint_minutes": 0.0}
+def test_resume_continues_bit_for_bit_and_evaluate_reads(monkeypatch):
+    args = SMALL | {"total_timesteps": 256}
     whole = main(Args(**args | {"exp_name": "whole"}))
-    half, save = [], distral.save_checkpoint
+    save = distral.save_checkpoint
 
     def save_and_stop(path, state):
         save(path, state)
         if state["global_step"] == 128:
-            half.append(path)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(distral, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         main(Args(**args | {"exp_name": "half"}))
     monkeypatch.setattr(distral, "save_checkpoint", save)
-    assert main(Args(resume=str(half[0]))) == whole
-    (path,) = tmp_path.glob("runs/*whole*/checkpoint.pt")
-    saved, again = (torch.load(p, weights_only=True)["agent"] for p in (path, half[0]))
-    assert all(torch.equal(saved[name], again[name]) for name in saved)
-    rows = (half[0].parent / "metrics.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["64", "128", "192", "256"]
-    assert main(Args(evaluate=str(path))) == whole
-    with pytest.raises(SystemExit, match="finished run"):
-        main(Args(resume=str(path)))
-    with pytest.raises(SystemExit, match=r"--beta: .* brings its own flags"):
-        main(Args(resume=str(path), beta=7.0))
-    main(Args(resume=str(path), total_timesteps=320))
-    assert torch.load(path, weights_only=True)["global_step"] == 320
-    path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="can't read the checkpoint"):
-        main(Args(evaluate=str(path)))
-
-
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args, before = SMALL | {"total_timesteps": 256, "log_frequency": 128}, signal.getsignal(signal.SIGINT)
-    whole = main(Args(**args))
-    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
-    wanted, log, sent = torch.load(path, weights_only=True)["agent"], distral.Logger.log, []
-
-    def log_and_interrupt(self, step, metrics):
-        log(self, step, metrics)
-        if not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
-
-    monkeypatch.setattr(distral.Logger, "log", log_and_interrupt)
-    with pytest.raises(SystemExit, match=r"stopped after 128 frames; to go on: python distral.py --resume ") as stopped:
-        main(Args(**args | {"exp_name": "stopped"}))
-    path = str(stopped.value).split()[-1]
-    assert main(Args(resume=path)) == whole
-    found = torch.load(path, weights_only=True)["agent"]
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_video(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL | {"capture_video": True}))
-    assert {path.name for path in tmp_path.glob("runs/*/*.gif")} == {"5x5-1.gif", "6x5-1.gif"}
+    (half,) = (str(path) for path in pathlib.Path().glob("runs/*half*/checkpoint.pt"))
+    assert main(parse_args(["--resume", half])) == whole
+    first, again = saved("whole"), saved("half")
+    assert all(torch.equal(first["agent"][name], again["agent"][name]) for name in first["agent"])
+    assert [row["global_step"] for row in saved("half", "checkpoint.pt")["rows"]] == [64, 128, 192, 256]
+    agent = half.replace("checkpoint", "agent")
+    assert main(parse_args(["--evaluate", agent])) == whole
+    other = main(parse_args(["--evaluate", agent, "--eval-episodes", "2", "--seed", "5"]))
+    assert all(share in (0.0, 0.5, 1.0) for share in (other["eval/solved_5x5-1"], other["eval/solved_6x5-1"]))
+    for path in (half, agent):
+        with pytest.raises(SystemExit, match="is of a finished run"):
+            main(parse_args(["--resume", path]))
+    with pytest.raises(SystemExit, match="other parts or sizes"):
+        main(parse_args(["--evaluate", agent, "--dense", "8"]))
+    main(parse_args(["--resume", half, "--total-timesteps", "320", "--learning-rate", "0.5"]))
+    state = saved("half", "checkpoint.pt")
+    assert state["global_step"] == 320 and state["optimizer"]["param_groups"][0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("flags", "message"),
     [
-        ({"tasks": ("5by5",)}, "unknown task '5by5'"),
-        ({"tasks": ()}, "--tasks"),
-        ({"tasks": ("5x5-9",)}, "num_boxes=9"),
-        ({"held_out": "4x4-1"}, "smallest board"),
-        ({"alpha": -0.1}, "--alpha -0.1"),
-        ({"beta": 0.0}, "--beta 0.0"),
-        ({"num_steps": 0}, "--num-steps 0"),
-        ({"resume": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
+        ("--tasks 5by5", "unknown task '5by5'"),
+        ("--tasks 5x5-1 5x5-1", "each once"),
+        ("--held-out 6x6-1", "--held-out another one"),
+        ("--tasks 5x5-9", "num_boxes=9"),
+        ("--alpha -0.1", "--alpha -0.1"),
+        ("--beta 0", "--beta 0.0"),
+        ("--seed 1000000", "--seed must be from 0 to 999999"),
+        ("--resume no_such_file.pt", "can't read the checkpoint no_such_file.pt"),
     ],
 )
-def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch, kwargs, message):
-    monkeypatch.chdir(tmp_path)
+def test_bad_flags_are_one_clear_line(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message) as error:
-        main(Args(**kwargs))
+        main(parse_args(flags.split()))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="lower the learning rate"):
-        main(Args(**SMALL | {"learning_rate": 1e30, "total_timesteps": 640}))
-
-
-@pytest.mark.parametrize(("columns", "factor"), [(1, 0.5 / 500), (2, 1.0)])
-def test_adams_eps_is_as_small_as_the_gradients_of_a_prior_alone(tmp_path, monkeypatch, columns, factor):
-    monkeypatch.chdir(tmp_path)
-    optimizers, adam = [], torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **kw: optimizers.append(adam(*args, **kw)) or optimizers[-1])
-    main(Args(**SMALL | {"columns": columns, "alpha": 0.5, "beta": 500.0}))
-    assert [group["eps"] for group in optimizers[0].param_groups] == pytest.approx([1e-5, 1e-5 * factor])

@@ -1,47 +1,32 @@
-"""distral_tabular.py: identities, fixed points against value iteration, distillation, the two rooms, flags, files."""
+"""distral_tabular.py: identities, the two rooms, what the loop does, files."""
 
-import gymnasium as gym
+import pathlib
+
 import numpy as np
 import pytest
-import torch
-from gymnasium.utils.env_checker import check_env
 
 import distral_tabular
 from distral_tabular import (
     Args,
-    TwoRoomsEnv,
-    distillation_gradient,
     distilled_from_counts,
     draw_goals,
     episode_returns,
+    evaluate_tables,
     going_on,
     main,
+    parse_args,
     read_rooms,
     rooms_step,
     soft_q_update,
     soft_values,
 )
 
-SMALL = {"total_timesteps": 400, "eval_frequency": 200, "num_tasks": 2}
+SMALL = {"total_timesteps": 400, "eval_frequency": 200, "num_tasks": 2, "alpha": 0.8}
 
 
-def regularised_value_iteration(goal: int, prior: np.ndarray, alpha: float, beta: float, gamma: float) -> np.ndarray:
-    """Q (S, A) by sweeps over dense matrices, written apart from the script: raw exponentials, states (cell, last)."""
-    _, ahead, _ = read_rooms()
-    C = len(ahead)
-    P, R = np.zeros((4, C * 5, C * 5)), np.zeros((4, C * 5))
-    for c in range(C):
-        for last in range(5):
-            for a in range(4):
-                c2 = ahead[c, a]
-                R[a, c * 5 + last] = 1.0 if c2 == goal else -0.1
-                if c2 != goal:
-                    P[a, c * 5 + last, c2 * 5 + 1 + a] = 1.0
-    V = np.zeros(C * 5)
-    for _ in range(2000):
-        q = (R + gamma * P @ V).T
-        V = np.log((prior**alpha * np.exp(beta * q)).sum(1)) / beta
-    return (R + gamma * P @ V).T
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- soft values
@@ -55,128 +40,10 @@ def test_soft_values_by_hand():
     np.testing.assert_allclose(np.exp(log_pi), unnormalised / unnormalised.sum(), rtol=1e-12)
 
 
-def test_soft_value_is_the_best_regularised_value():
-    """V = max_π Σ π (Q + (α/β) log π_0 - (1/β) log π): reached by π_i, and by nothing else."""
-    rng = np.random.default_rng(1)
-    q, log_prior, alpha, beta = rng.normal(size=4), np.log(rng.dirichlet(np.ones(4))), 0.7, 3.0
-    V, log_pi = soft_values(q, log_prior, alpha, beta)
-    value = lambda log_p: (np.exp(log_p) * (q + alpha / beta * log_prior - log_p / beta)).sum()  # noqa: E731
-    assert value(log_pi) == pytest.approx(V, rel=1e-12)
-    assert all(value(np.log(rng.dirichlet(np.ones(4)))) < V for _ in range(200))
-
-
-def test_alpha_0_is_soft_q_learning_and_large_beta_is_greedy():
-    rng = np.random.default_rng(1)
-    q, log_prior = rng.normal(size=(6, 4)), np.log(rng.dirichlet(np.ones(4), 6))
-    V, log_pi = soft_values(q, log_prior, 0.0, 2.0)
-    np.testing.assert_allclose(V, np.log(np.exp(2 * q).sum(-1)) / 2, rtol=1e-12)
-    np.testing.assert_allclose(np.exp(log_pi), np.exp(2 * q) / np.exp(2 * q).sum(-1, keepdims=True), rtol=1e-12)
-    V, log_pi = soft_values(q, log_prior, 0.8, 1e6)
-    np.testing.assert_allclose(V, q.max(-1), atol=1e-5)
-    np.testing.assert_array_equal(np.exp(log_pi).round(6), np.eye(4)[q.argmax(-1)])
-
-
 def test_finite_at_large_beta_q():
     for q in ([1e4, 0.0, -1e4, 5e3], [-1e4] * 4):
         V, log_pi = soft_values(np.array(q), np.log(np.full(4, 0.25)), 0.8, 1.0)
-        assert np.isfinite(V) and np.isfinite(log_pi).all()
         assert np.exp(log_pi).sum() == pytest.approx(1, rel=1e-12) and abs(V - max(q)) < 2
-
-
-# --------------------------------------------------------------------------------------------------- fixed points
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.8, 1.0])
-def test_fixed_point_is_that_of_regularised_value_iteration(alpha):
-    rng = np.random.default_rng(1)
-    _, ahead, _ = read_rooms()
-    C, goal = len(ahead), 7
-    prior = rng.dirichlet(np.ones(4), C * 5)
-    Q, log_prior = np.zeros((C * 5, 4)), np.log(prior)
-    s, a = (x.ravel() for x in np.meshgrid(np.arange(C * 5), np.arange(4), indexing="ij"))
-    cell2, r, terminated = rooms_step(ahead, s // 5, goal, a)
-    for _ in range(1200):
-        s2 = cell2 * 5 + 1 + a
-        V, _ = soft_values(Q[s2], log_prior[s2], alpha, 5.0)
-        soft_q_update(Q, (s, a), r + 0.95 * V * ~terminated, 0.5)
-    np.testing.assert_allclose(Q, regularised_value_iteration(goal, prior, alpha, 5.0, 0.95), atol=1e-6)
-
-
-def test_sampled_run_with_frozen_prior_reaches_the_fixed_point(tmp_path, monkeypatch):
-    """The loop itself, start to end: rollouts, updates, episode ends."""
-    monkeypatch.chdir(tmp_path)
-    # a goal in the corner, short episodes so that the first steps (state `previous` 0) are seen often too
-    out = main(Args(num_seeds=1, num_tasks=2, total_timesteps=80_000, eval_frequency=40_000, freeze=True, beta=2.0,
-                    alpha=0.9, learning_rate=1.0, max_episode_steps=20, gamma=0.8))  # fmt: skip
-    for i in range(2):
-        exact = regularised_value_iteration(out["goals"][0, i], np.full((265, 4), 0.25), 0.9, 2.0, 0.8)
-        visited = out["Q"][0, i] != 0
-        assert visited.mean() > 0.8
-        close = np.abs(out["Q"][0, i] - exact) < 1e-6
-        assert close[visited].mean() > 0.99  # a pair that was tried for the first time at the end may lag
-
-
-# --------------------------------------------------------------------------------------------------- distillation
-
-
-def test_counts_maximise_the_likelihood_and_gradient_agrees():
-    rng = np.random.default_rng(1)
-    s, a, weight = rng.integers(3, size=200), rng.integers(4, size=200), 0.95 ** rng.integers(30, size=200)
-    counts = np.zeros((3, 4))
-    np.add.at(counts, (s, a), weight)
-    log_prior = distilled_from_counts(counts, 1e-9)
-    np.testing.assert_allclose(np.exp(log_prior).sum(-1), 1, rtol=1e-12)
-    gradient = distillation_gradient(log_prior, (s,), a, weight, 0.16)
-    np.testing.assert_allclose(gradient, 0, atol=1e-8)  # the maximum: no way up
-    assert np.abs(distillation_gradient(np.full((3, 4), np.log(0.25)), (s,), a, weight, 0.16)).max() > 0.1
-
-
-def test_distillation_gradient_matches_finite_differences_and_holds_alpha_over_beta():
-    rng = np.random.default_rng(1)
-    logits, s, a = rng.normal(size=(3, 4)), rng.integers(3, size=20), rng.integers(4, size=20)
-    weight, alpha, beta = 0.95 ** np.arange(20), 0.8, 5.0
-    log_softmax = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))  # noqa: E731
-    objective = lambda x: alpha / beta * (weight * log_softmax(x)[s, a]).sum()  # noqa: E731
-    gradient = distillation_gradient(log_softmax(logits), (s,), a, weight, alpha / beta)
-    for index in np.ndindex(3, 4):
-        step = np.zeros((3, 4))
-        step[index] = 1e-6
-        difference = (objective(logits + step) - objective(logits - step)) / 2e-6
-        assert gradient[index] == pytest.approx(difference, rel=1e-6, abs=1e-9)
-
-
-def test_prior_holds_all_tasks_of_its_own_run_only(tmp_path, monkeypatch):
-    """Discounted counts of a run: every task's actions, γ^t each, t from the episode's start."""
-    monkeypatch.chdir(tmp_path)
-    out = main(Args(num_seeds=3, num_tasks=2, total_timesteps=90, eval_frequency=30, counts_decay=1.0,
-                    max_episode_steps=1000))  # fmt: skip
-    total = out["counts"].sum((1, 2))
-    # no goal met: exactly two tasks' Σ_{t<90} .95^t
-    longest = 2 * (1 - 0.95**90) / 0.05
-    assert (total >= longest - 1e-9).all() and (total < 2 * longest).all()
-    np.testing.assert_allclose(out["log_prior"], distilled_from_counts(out["counts"], 0.1))
-    assert not np.allclose(out["log_prior"][0], out["log_prior"][1])
-
-
-def test_the_loop_hands_alpha_over_beta_and_discounts_to_the_gradient(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    seen, gradient = [], distillation_gradient
-    monkeypatch.setattr(
-        distral_tabular, "distillation_gradient", lambda *rest: seen.append(rest[3:]) or gradient(*rest)
-    )
-    main(Args(**SMALL | {"distillation": "gradient", "total_timesteps": 10, "alpha": 0.6, "beta": 3.0}))
-    assert [scale for _, scale in seen] == pytest.approx([0.2])
-    np.testing.assert_allclose(seen[0][0].max((0, 1)), 0.95 ** np.arange(10))  # (E, n, T): no goal in ten steps
-
-
-@pytest.mark.parametrize("distillation", ["counts", "gradient"])
-def test_both_distillations_learn_to_go_on(tmp_path, monkeypatch, distillation):
-    monkeypatch.chdir(tmp_path)
-    out = main(Args(num_seeds=3, total_timesteps=6000, eval_frequency=3000, learning_rate=0.5, beta=20.0,
-                    distillation=distillation, distill_learning_rate=10.0))  # fmt: skip
-    assert out["rows"][0]["eval/going_on"] == [0.25] * 3
-    assert np.mean(out["rows"][-1]["eval/going_on"]) > 0.6
-    np.testing.assert_allclose(np.exp(out["log_prior"]).sum(-1), 1, rtol=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------- the two rooms
@@ -184,28 +51,14 @@ def test_both_distillations_learn_to_go_on(tmp_path, monkeypatch, distillation):
 
 def test_rooms():
     cells, ahead, corridor = read_rooms()
-    assert len(cells) == 53 and corridor.sum() == 3
+    assert len(cells) == 53
     assert {tuple(cell) for cell in cells[corridor]} == {(2, 5), (2, 6), (2, 7)}
     number = {tuple(cell): c for c, cell in enumerate(cells)}
     assert ahead[number[2, 4]].tolist() == [number[1, 4], number[3, 4], number[2, 3], number[2, 5]]
     assert ahead[number[0, 0]].tolist() == [0, number[1, 0], 0, number[0, 1]]
     assert ahead[number[1, 4], 3] == number[1, 4]  # the wall between the rooms
-
-
-def test_environment_follows_gymnasium_and_pays():
-    check_env(gym.make("TwoRooms-v0", goal=3).unwrapped, skip_render_check=True)
-    env = TwoRoomsEnv(goal=1, render_mode="ansi")
-    starts = {int(env.reset(seed=1 if k == 0 else None)[0][0]) for k in range(1000)}
-    assert starts == set(range(53)) - {1}
-    env.reset()
-    env.cell = 0
-    observation, reward, terminated, truncated, _ = env.step(0)  # into the wall
-    assert (observation.tolist(), reward, terminated, truncated) == ([0, 1], -0.1, False, False)
-    observation, reward, terminated, truncated, _ = env.step(3)
-    assert (observation.tolist(), reward, terminated, truncated) == ([1, 4], 1.0, True, False)
-    assert env.render().startswith(".@")
-    with pytest.raises(ValueError, match="goal 53"):
-        TwoRoomsEnv(goal=53)
+    cell, reward, end = rooms_step(ahead, np.array([0, 0]), np.array([1, 1]), np.array([0, 3]))  # into the wall; there
+    assert (cell.tolist(), reward.tolist(), end.tolist()) == ([0, 1], [-0.1, 1.0], [False, True])
 
 
 def test_goals_are_in_rooms_and_held_out_ones_are_others():
@@ -217,26 +70,25 @@ def test_goals_are_in_rooms_and_held_out_ones_are_others():
 
 def test_exact_returns():
     cells, ahead, _ = read_rooms()
-    goals = np.array([0, 30])
-    S = len(cells) * 5
-    # optimal: by distance to the goal, from breadth-first search
-    distance = np.full((53, 2), 99)
-    for m, goal in enumerate(goals):
+    goals = np.array([[0, 30]])
+    distance = np.full((53, 2), 99)  # to the goal, by breadth-first search
+    for m, goal in enumerate(goals[0]):
         distance[goal, m] = 0
         for d in range(60):
             for c in range(53):
                 if distance[c, m] == 99 and (distance[ahead[c], m] == d).any():
                     distance[c, m] = d + 1
     paths = lambda d: -0.1 * (1 - 0.95 ** (d - 1)) / 0.05 + 0.95 ** (d - 1)  # noqa: E731
-    expected = [np.mean([paths(d) for c, d in enumerate(distance[:, m]) if c != goals[m]]) for m in range(2)]
+    expected = [np.mean([paths(d) for c, d in enumerate(distance[:, m]) if c != goals[0, m]]) for m in range(2)]
     for previous in (1, 5):
-        np.testing.assert_allclose(episode_returns(None, ahead, goals, previous, 0.95, 100), expected, rtol=1e-9)
-    # always up, never there within 20 steps but from below in the goal's column
-    up = np.zeros((S, 4, 2))
-    up[:, 0] = 1
-    value = episode_returns(up, ahead, np.array([0, 0]), 5, 0.95, 20)[0]
+        np.testing.assert_allclose(episode_returns(None, ahead, goals, previous, 0.95, 100), [expected], rtol=1e-9)
+    # always up: never there within 20 steps but from below in the goal's column; the other task's policy goes left
+    policy = np.zeros((1, 2, len(cells) * 5, 4))
+    policy[0, 0, :, 0] = policy[0, 1, :, 2] = 1
+    policy[0, 0, 4::5] = [0, 1, 0, 0]  # after a step to the right, which it never takes
+    value = episode_returns(policy, ahead, np.array([[0, 0]]), 5, 0.95, 20)[0]
     column = [paths(d) for d in range(1, 5)]
-    assert value == pytest.approx((sum(column) + 48 * -0.1 * (1 - 0.95**20) / 0.05) / 52, rel=1e-9)
+    assert value == pytest.approx([(sum(column) + 48 * -0.1 * (1 - 0.95**20) / 0.05) / 52] * 2, rel=1e-9)
 
 
 def test_going_on_reads_the_right_states():
@@ -249,84 +101,153 @@ def test_going_on_reads_the_right_states():
     assert going_on(np.full((1, 53, 4), 0.25), corridor, 1)[0] == 0.25
 
 
+def test_scores_run_from_random_to_optimal_play(monkeypatch):
+    """(return - worst) / (best - worst), means over a run's tasks; π_i, its likeliest action, and π_0."""
+    seen = []
+
+    def returns(policy, ahead, goals, previous, gamma, steps):
+        seen.append((policy, previous, gamma, steps))
+        return np.array([[0.5, 1.5], [0.0, 2.0]])
+
+    monkeypatch.setattr(distral_tabular, "episode_returns", returns)
+    rng = np.random.default_rng(1)
+    Q, log_prior = rng.normal(size=(2, 2, 265, 4)), np.log(rng.dirichlet(np.ones(4), (2, 265)))
+    worst, best = np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 3.0], [1.0, 3.0]])
+    args = Args(alpha=0.8, beta=3.0, gamma=0.9, max_episode_steps=7)
+    result = evaluate_tables(args, Q, log_prior, np.zeros((2, 2), int), best, worst)
+    for name in ("greedy", "policy", "distilled"):
+        np.testing.assert_allclose(result[f"eval/{name}"], [(0.5 + 0.25) / 2, (0 + 0.5) / 2])
+    pi = np.exp(log_prior[:, None] * 0.8 + 3 * Q)
+    expected = (np.eye(4)[pi.argmax(-1)], pi / pi.sum(-1, keepdims=True), np.exp(log_prior)[:, None] + 0 * Q)
+    for (policy, *rest), wanted in zip(seen, expected, strict=True):
+        np.testing.assert_allclose(policy, wanted, rtol=1e-12)
+        assert rest == [5, 0.9, 7]
+
+
 # --------------------------------------------------------------------------------------------------- the loop
 
 
-def test_alpha_0_ignores_the_distilled_policy(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_loop_hands_on_what_happened(monkeypatch):
+    """Acting by π_i, each target's next state one move from its state, the last step first, π_0 from all tasks."""
+    _, ahead, _ = read_rooms()
+    moves, updates, policies, update, step = [], [], [], soft_q_update, rooms_step
+
+    def watch_step(ahead, cell, goals, action):
+        moves.append((cell.copy(), action.copy()))
+        return step(ahead, cell, goals, action)
+
+    def watch_update(Q, where, target, rate):
+        updates.append((where, target.copy(), Q.copy(), rate))
+        update(Q, where, target, rate)
+        np.testing.assert_allclose(Q[where], 0.1 * updates[-1][2][where] + 0.9 * target, rtol=1e-12)
+
+    def watch_values(q, log_prior, alpha, beta):
+        if q.shape == (1, 2, 4):
+            policies.append((q.copy(), log_prior.copy(), alpha, beta))
+        return soft_values(q, log_prior, alpha, beta)
+
+    monkeypatch.setattr(distral_tabular, "rooms_step", watch_step)
+    monkeypatch.setattr(distral_tabular, "soft_q_update", watch_update)
+    monkeypatch.setattr(distral_tabular, "soft_values", watch_values)
+    counted, fit = [], distilled_from_counts
+    monkeypatch.setattr(distral_tabular, "distilled_from_counts", lambda *a: counted.append(
+        (a[0].copy(), a[1], fit(*a))) or counted[-1][2])  # fmt: skip
+    out = main(Args(**SMALL | {"max_episode_steps": 3, "learning_rate": 0.9, "beta": 2.0, "counts_decay": 0.5}))
+    goals, age, counts, log_prior = out["goals"], np.zeros((1, 2), int), 0.0, np.full((1, 265, 4), -np.log(4))
+    e, i, last = np.zeros((1, 2), int), np.arange(2)[None], np.zeros((1, 2), int)
+    assert len(moves) == len(updates) == 400 and len(counted) == 40
+    for k in range(40):
+        states, weights = [], []
+        for t in range(10):
+            cell, action = moves[10 * k + t]
+            s = cell * 5 + last
+            q, prior, alpha, beta = policies[20 * k + t]
+            np.testing.assert_array_equal(prior, log_prior[e, s])  # acts by its state, with π_0 as it was
+            assert (alpha, beta) == (0.8, 2.0)
+            np.testing.assert_array_equal(q, updates[10 * k][2][e, i, s])
+            states.append((s, action))
+            weights.append(0.95**age)
+            age += 1
+            over = (ahead[cell, action] == goals) | (age == 3)
+            if t < 9 or k < 39:
+                moved = moves[10 * k + t + 1][0]
+                np.testing.assert_array_equal(moved[~over], ahead[cell, action][~over])
+                assert (moved != goals).all()
+            last, age = np.where(over, 0, 1 + action), np.where(over, 0, age)
+        for t, ((_, _, s, a), target, Q, rate) in zip(range(9, -1, -1), updates[10 * k : 10 * k + 10], strict=True):
+            np.testing.assert_array_equal(s, states[t][0])
+            np.testing.assert_array_equal(a, states[t][1])
+            cell2 = ahead[s // 5, a]
+            V, _ = soft_values(Q[e, i, cell2 * 5 + 1 + a], log_prior[e, cell2 * 5 + 1 + a], 0.8, 2.0)
+            np.testing.assert_allclose(target, np.where(cell2 == goals, 1.0, -0.1 + 0.95 * V), rtol=1e-12)
+            assert rate == 0.9
+        new = np.zeros((1, 265, 4))
+        for (s, a), weight in zip(states, weights, strict=True):
+            np.add.at(new, (e, s, a), weight)
+        counts = 0.5 * counts + new
+        np.testing.assert_allclose(counted[k][0], counts, rtol=1e-12)
+        assert counted[k][1] == 0.1
+        log_prior = counted[k][2]
+
+
+def test_counts_maximise_the_likelihood():
+    """Σ_t w_t log π_0(a_t|s_t): its gradient in the logits, Σ_t w_t (1[a] - π_0), is 0."""
+    rng = np.random.default_rng(1)
+    s, a, weight = rng.integers(3, size=200), rng.integers(4, size=200), 0.95 ** rng.integers(30, size=200)
+    counts = np.zeros((3, 4))
+    np.add.at(counts, (s, a), weight)
+    prior = np.exp(distilled_from_counts(counts, 1e-12))
+    np.testing.assert_allclose(counts - counts.sum(-1, keepdims=True) * prior, 0, atol=1e-9)
+    np.testing.assert_allclose(np.exp(distilled_from_counts(np.array([3.0, 1, 0, 0]), 1.0)), [0.5, 0.25, 0.125, 0.125])
+
+
+def test_distral_learns_to_go_on():
+    out = main(Args(num_seeds=2, total_timesteps=4000, eval_frequency=2000, beta=20.0))
+    assert out["rows"][0]["eval/going_on"].tolist() == [0.25] * 2
+    assert out["rows"][-1]["eval/going_on"].mean() > 0.5
+    assert not np.allclose(out["log_prior"][0], out["log_prior"][1])  # a π_0 for each run
+
+
+def test_alpha_0_ignores_the_distilled_policy():
     free, frozen = (main(Args(**SMALL | {"alpha": 0.0, "freeze": freeze})) for freeze in (False, True))
     np.testing.assert_array_equal(free["Q"], frozen["Q"])
     assert (frozen["log_prior"] == -np.log(4)).all() and (free["log_prior"] != -np.log(4)).any()
-    other = main(Args(**SMALL | {"alpha": 0.8}))
+    other = main(Args(**SMALL))
     assert (other["Q"] != free["Q"]).any()
 
 
-def test_reproduces_by_seed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    first, again, other = (main(Args(**SMALL | {"seed": seed})) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(first["Q"], again["Q"])
-    np.testing.assert_array_equal(first["log_prior"], again["log_prior"])
-    assert (first["Q"] != 0).any() and (first["Q"] != other["Q"]).any()
-
-
-def test_targets_never_cross_a_reset(tmp_path, monkeypatch):
-    """Each target's next state is one move from its state, also where the episode was truncated."""
-    monkeypatch.chdir(tmp_path)
-    _, ahead, _ = read_rooms()
-    seen, update = [], soft_q_update
-    monkeypatch.setattr(distral_tabular, "soft_q_update", lambda Q, where, target, rate: seen.append(
-        (where, target.copy(), Q.copy())) or update(Q, where, target, rate))  # fmt: skip
-    out = main(Args(**SMALL | {"max_episode_steps": 3, "freeze": True, "learning_rate": 1.0}))
-    for (_, i, s, a), target, Q in seen:
-        c2 = ahead[s // 5, a]
-        V, _ = soft_values(Q[0, i, c2 * 5 + 1 + a], np.full(4, -np.log(4)), 0.8, 5.0)
-        goal = c2 == out["goals"][0]
-        np.testing.assert_allclose(target, np.where(goal, 1.0, -0.1 + 0.95 * V), rtol=1e-12)
-    # the last step of a rollout comes first, so that one rollout carries a reward back over all its steps
-    follows = [
-        (ahead[s // 5, a] * 5 + 1 + a == seen[k][0][2]).mean()
-        for k, ((_, _, s, a), _, _) in enumerate(seen[1:])
-        if (k + 1) % 10
-    ]
-    assert np.mean(follows) == pytest.approx(2 / 3, abs=0.05)  # but where an episode of three steps had ended
-
-
-def test_save_evaluate_and_held_out_goal(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    out = main(Args(**SMALL | {"save_model": True, "num_seeds": 2}))
-    (path,) = tmp_path.glob("runs/*/agent.pt")
-    again = main(Args(evaluate=str(path)))
-    assert again["eval/policy"] == pytest.approx(out["rows"][-1]["eval/policy"], abs=0.2)  # ten steps later
-    new = main(Args(**SMALL | {"distilled": str(path), "num_seeds": 2, "freeze": True, "first_goal": 2}))
-    np.testing.assert_array_equal(new["log_prior"], torch.load(path, weights_only=True)["log_prior"])
+def test_save_evaluate_and_held_out_goal():
+    out = main(Args(**SMALL | {"num_seeds": 2}))
+    (path,) = map(str, pathlib.Path().glob("runs/*/agent.npz"))
+    again = main(parse_args(["--evaluate", path]))
+    for name in ("eval/policy", "eval/greedy", "eval/distilled", "eval/going_on"):
+        np.testing.assert_array_equal(again[name], out["rows"][-1][name])
+    other = main(parse_args(["--evaluate", path, "--first-goal", "2"]))  # beside it, flags count
+    assert (other["eval/policy"] != again["eval/policy"]).all()
+    flags = SMALL | {"distilled": path, "num_seeds": 2, "first_goal": 2}
+    new = main(Args(**flags | {"freeze": True, "save_model": False}))
+    np.testing.assert_array_equal(new["log_prior"], out["log_prior"])
     assert all(not set(new["goals"][e]) & set(out["goals"][e]) for e in range(2))
-    with pytest.raises(SystemExit, match="same flags"):
-        main(Args(**SMALL | {"distilled": str(path)}))
-    path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="can't read the checkpoint"):
-        main(Args(evaluate=str(path)))
-
-
-def test_video(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL | {"capture_video": True}))
-    assert len(list(tmp_path.glob("videos/*/task*.gif"))) == 2
+    assert (main(Args(**flags | {"save_model": False}))["counts"].sum() > 0.97**40 * out["counts"].sum()).all()
+    with pytest.raises(SystemExit, match="has tables"):
+        main(Args(**SMALL | {"distilled": path}))
+    with pytest.raises(SystemExit, match="has tables"):
+        main(parse_args(["--evaluate", path, "--num-tasks", "3"]))
+    pathlib.Path(path).write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match="can't read the tables"):
+        parse_args(["--evaluate", path])
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("flags", "message"),
     [
-        ({"alpha": 1.2}, "--alpha 1.2"),
-        ({"beta": 0.0}, "--beta 0.0"),
-        ({"beta": float("inf")}, "--beta inf"),
-        ({"num_tasks": 0}, "--num-tasks 0"),
-        ({"num_tasks": 51}, "ask for 51 goals, the rooms have 50"),
-        ({"eval_frequency": 15}, "--eval-frequency 15: must be a multiple"),
-        ({"evaluate": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
+        ("--alpha 1.2", "--alpha 1.2"),
+        ("--beta 0", "--beta 0.0"),
+        ("--num-tasks 51", "ask for 51 goals, the rooms have 50"),
+        ("--evaluate no_such_file.npz", "can't read the tables no_such_file.npz"),
     ],
 )
-def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch, kwargs, message):
-    monkeypatch.chdir(tmp_path)
+def test_bad_flags_are_one_clear_line(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message) as error:
-        main(Args(**kwargs))
+        main(parse_args(flags.split()))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
