@@ -1,13 +1,13 @@
 """Policy distillation: Rusu et al. 2016, arXiv 1511.06295; Czarnecki et al. 2019, arXiv 1902.02186.
 
-A teacher is trained by reinforcement learning, then smaller students learn to copy its outputs on the states that it
-visits (or that they visit themselves). One student may copy the teachers of several tasks.
+A teacher is trained by reinforcement learning. Then smaller students learn to copy its outputs, on the states that it
+visits or on those that they visit themselves. One student may copy the teachers of several tasks.
 
-Different from Rusu et al.: the teacher may be an actor-critic instead of a DQN (I2A's rollout policy copies one),
-networks and tasks are small, and all tasks of a student stand in every update.
+Different from Rusu et al.: the teacher trained here is an actor-critic (a DQN is read from a file of dyna_dqn.py),
+networks and tasks are small, and every update of a student holds a batch of each of its tasks.
 
     python distillation.py                                      # Sokoban: a teacher, students of 25, 7 and 4 % of it
-    python distillation.py --env-ids CartPole-v1 --teacher dqn --loss mse
+    python distillation.py --teacher-path runs/NAME/agent.pt --student-scale 0.02 --loss nll      # other students of it
     python distillation.py --teacher-path runs/NAME/agent.pt --states student --kl-direction reverse --correction
     python distillation.py --teacher-path A/agent.pt B/agent.pt --env-ids CartPole-v1 Sokoban-v0    # one for both tasks
     python distillation.py --evaluate runs/NAME/agent.pt
@@ -30,8 +30,8 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -45,7 +45,7 @@ from tqdm import tqdm
 from sokoban_env import SokobanVectorEnv, generate_levels
 
 EVAL_SEED = 10**9  # of the held-out levels and episodes
-NEEDS_Q_VALUES = "--loss mse compares Q-values: it needs teachers of --teacher dqn"
+MOST_EVAL_STEPS = 10_000  # of an evaluation, for environments without a time limit
 
 
 @dataclass
@@ -62,31 +62,23 @@ class Args:
 
     # Algorithm specific arguments
     env_ids: tuple[str, ...] = ("Sokoban-v0",)  # the tasks of a student
-    teacher: Literal["actor-critic", "dqn"] = "actor-critic"  # what the teachers are: policies, or Q-values
-    student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)  # students, by share of parameters
-    loss: Literal["kl", "nll", "mse"] = "kl"  # all of the policy, its best action, or Q-values
-    kl_direction: Literal["forward", "reverse"] = "forward"  # teacher to student (Rusu et al.), or back
+    teacher_path: tuple[str, ...] = ()  # teachers: agent.pt files of this script, or of dyna_dqn.py (Q-values)
+    student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)  # students, by share of the teachers' parameters
+    loss: Literal["kl", "cross-entropy", "nll", "mse"] = "kl"  # nll: of the best action; mse: of Q-values
+    kl_direction: Literal["forward", "reverse"] = "forward"  # forward: teacher to student; of cross-entropies, too
     temperature: float | None = None  # of the teacher only (None: .01 for Q-values, 1 for a policy)
     states: Literal["teacher", "student"] = "teacher"  # who visits the states
-    correction: bool = False  # student's states: reward it for lower losses at later steps
+    correction: bool = False  # with the student's states: reward it for lower losses at later steps
 
-    teacher_path: tuple[str, ...] = ()  # take the teachers from these agent.pt
-    teacher_timesteps: int | None = None  # environment frames of each teacher (None: TEACHER_TIMESTEPS)
+    teacher_timesteps: int | None = None  # frames of a teacher (None: 1,500,000 on Sokoban, 400,000)
     num_envs: int = 32  # parallel environments
-    num_steps: int = 8  # steps of a rollout: of the actor-critic teacher, and of a student that visits its own states
-    gamma: float | None = None  # discount (None: .97 for Sokoban, .99 for others)
+    num_steps: int = 8  # steps of a rollout
+    learning_rate: float | None = None  # of a teacher (None: 3e-3 on Sokoban, 1e-3)
+    gamma: float | None = None  # discount (None: .97 on Sokoban, .99)
+    ent_coef: float = 0.001  # a teacher's entropy bonus
     vf_coef: float = 0.5  # weight of value losses
-    learning_rate: float | None = None  # of teachers (None: 3e-3 on Sokoban, 1e-3, dqn 5e-4)
-    max_grad_norm: float = 1.0  # actor-critic: gradient clipping
-    ent_coef: float = 0.001  # actor-critic: entropy bonus
-    reward_scale: float = 0.1  # actor-critic: its losses see rewards times this
-    dqn_batch_size: int = 64  # dqn: transitions of an update
-    dqn_envs: int = 1  # dqn: parallel environments
-    dqn_updates: int = 4  # dqn: updates after each step of all environments
-    replay_size: int = 100_000  # dqn: transitions of the replay
-    learning_starts: int = 500  # dqn: frames before the first update
-    exploration_fraction: float = 0.1  # dqn: share of the frames over which epsilon falls
-    tau: float = 0.05  # dqn: how far an update of the target network goes
+    max_grad_norm: float = 1.0  # gradient clipping, of teachers and of --correction
+    reward_scale: float = 0.1  # a teacher's losses see rewards times this
 
     buffer_size: int = 100_000  # states N of each task's buffer
     epsilon: float = 0.05  # probability of a random action while the teacher fills the buffer
@@ -97,17 +89,15 @@ class Args:
     size: int = 7  # Sokoban: board size
     num_boxes: int = 1  # Sokoban: boxes
     max_episode_steps: int = 60  # Sokoban: steps after which an episode is truncated
+    view: Literal["player", "board"] = "player"  # Sokoban; player: networks see the board with the player in its middle
     eval_episodes: int = 500  # episodes of an evaluation, held-out levels for Sokoban
     log_frequency: int = 1_000  # updates of a student between rows of metrics; a teacher has 20
-    resume: str | None = None  # continue from this agent.pt, with its flags
-    evaluate: str | None = None  # evaluate the teachers and students of this agent.pt, and stop
+    evaluate: str | None = None  # play the teachers and students of this agent.pt, and stop
 
 
 BOARD_WIDTHS, VECTOR_WIDTHS = (32, 32, 256), (64, 64)  # of teachers: two convolutions and a dense layer, or dense ones
-TEACHER_TIMESTEPS = {  # by kind of teacher and environment; others take the first
-    "actor-critic": {"default": 400_000, "Sokoban-v0": 1_500_000},
-    "dqn": {"default": 10_000},
-}
+SOKOBAN = {"teacher_timesteps": 1_500_000, "learning_rate": 3e-3, "gamma": 0.97}  # what None stands for
+OTHERS = {"teacher_timesteps": 400_000, "learning_rate": 1e-3, "gamma": 0.99}
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -217,19 +207,6 @@ def saved_args(path: str) -> Any:
         sys.exit(f"{path} was written by another script, or another version of this one")
 
 
-def resumed_args(args: Any, path: str) -> Any:
-    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
-    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
-    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
-    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
-    names = [field.name for field in fields(Args)]
-    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
-    if wrong := given - beside:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
-        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
-    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next tensors: page faults cost more than small networks' arithmetic."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
@@ -251,6 +228,21 @@ def cell_table(device: torch.device) -> Tensor:
 def cell_planes(cells: Tensor) -> Tensor:
     """Boards (..., H, W) of uint8 cells to network input (..., 4, H, W), float32 (channels last in memory: faster)."""
     return F.embedding(cells.int(), cell_table(cells.device)).movedim(-1, -3)
+
+
+def player_view(cells: Tensor) -> Tensor:
+    """Boards (..., H, W) rolled so that the player stands in the middle, at ((H-1)//2, (W-1)//2): (..., H-1, W-1).
+
+    Row 0 and row H-1 are both wall, and columns alike: counted modulo H-1, the wall stands in the result once.
+    """
+    height, width = cells.shape[-2:]
+    boards = cells.reshape(-1, height * width)
+    player = boards.argmax(1)[:, None]  # (N, 1), its value is the highest
+    y, x = torch.arange(height - 1, device=cells.device), torch.arange(width - 1, device=cells.device)
+    rows = (player // width + y - (height - 1) // 2) % (height - 1)  # (N, H-1)
+    columns = (player % width + x - (width - 1) // 2) % (width - 1)  # (N, W-1)
+    index = rows[:, :, None] * width + columns[:, None, :]
+    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], height - 1, width - 1)
 
 
 def generalized_advantages(
@@ -289,28 +281,32 @@ class Task:
     """B copies of an environment with same-step autoreset: gymnasium's and Sokoban's under one interface."""
 
     def __init__(self, args: Args, env_id: str, num_envs: int, device: torch.device, levels: Tensor | None = None):
-        self.device, self.num_envs, film = device, num_envs, "rgb_array" if args.capture_video else None
+        self.device, self.num_envs = device, num_envs
+        film = "rgb_array" if args.capture_video else None
         try:
             if env_id == "Sokoban-v0":
+                held_out = unseen_levels(args.eval_episodes, args.size, args.num_boxes)
                 self.envs: gym.vector.VectorEnv = SokobanVectorEnv(
                     num_envs, size=args.size, num_boxes=args.num_boxes, max_episode_steps=args.max_episode_steps,
-                    levels=levels, device=device, render_mode=film,
+                    levels=levels, exclude=held_out if levels is None else None, device=device, render_mode=film,
                 )  # fmt: skip
             else:
+                # An environment may write each observation into the same array: copy it before its reset does
+                copied = functools.partial(gym.wrappers.TransformObservation, func=np.array, observation_space=None)
                 kwargs = {"vector_kwargs": {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}}
                 kwargs |= {"render_mode": film} if film else {}  # an environment need not know it
-                self.envs = gym.make_vec(env_id, num_envs, "sync", **kwargs)
+                self.envs = gym.make_vec(env_id, num_envs, "sync", wrappers=[copied], **kwargs)
             if film:
                 self.envs.reset()
                 self.envs.render()  # what is missing for it is said here
-        except (gym.error.Error, ValueError, TypeError, ImportError) as e:
-            sys.exit(f"can't make {env_id} of --env-ids: {str(e).splitlines()[0]}")
+        except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
+            sys.exit(f"can't make {env_id} of --env-ids: {(str(e) or repr(e)).splitlines()[0]}")
         actions, states = self.envs.single_action_space, self.envs.single_observation_space
         if not isinstance(actions, gym.spaces.Discrete):
             sys.exit(f"{env_id} has the action space {actions}, must be Discrete: try CartPole-v1")
         if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1 + (env_id == "Sokoban-v0"):
             sys.exit(f"{env_id} has the states {states}, must be vectors: try CartPole-v1")
-        self.num_actions, self.shape = int(actions.n), states.shape
+        self.num_actions, self.first_action, self.shape = int(actions.n), int(actions.start), states.shape
 
     def reset(self, seed: int, **kwargs: Any) -> Tensor:
         """Observations (B, S), or (B, H, W) uint8."""
@@ -318,26 +314,22 @@ class Task:
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Observations to act on, rewards, terminated, truncated, and the true next observations: before resets."""
-        step = self.envs.step(actions if isinstance(self.envs, SokobanVectorEnv) else actions.cpu().numpy())
-        x, reward, terminated, truncated = (torch.as_tensor(column, device=self.device) for column in step[:4])
-        true_next, info = x, step[4]
-        if "final_obs" in info:
-            true_next, ended = x.clone(), info["_final_obs"]
-            final = info["final_obs"]
-            if not isinstance(final, Tensor):  # gymnasium: an array of objects, None where the episode goes on
-                final, ended = np.stack(final[ended]), torch.as_tensor(ended)
-            else:
-                final = final[ended]
-            true_next[ended] = torch.as_tensor(final, device=self.device)
+        if isinstance(self.envs, SokobanVectorEnv):
+            x, reward, terminated, truncated, info = self.envs.step(actions)
+            return x, reward, terminated, truncated, info.get("final_obs", x)
+        *step, info = self.envs.step((actions + self.first_action).cpu().numpy())
+        x, reward, terminated, truncated = (torch.as_tensor(column, device=self.device) for column in step)
+        true_next = x
+        if "final_obs" in info:  # an array of objects, None where the episode goes on
+            ended = info["_final_obs"]
+            true_next = x.clone()
+            true_next[torch.as_tensor(ended)] = torch.as_tensor(np.stack(info["final_obs"][ended]), device=self.device)
         return x, reward.float(), terminated, truncated, true_next
 
 
 @functools.cache
 def unseen_levels(num: int, size: int, num_boxes: int) -> Tensor:
-    try:
-        return generate_levels(num, size=size, num_boxes=num_boxes, seed=EVAL_SEED)[0]
-    except ValueError as e:
-        sys.exit(str(e))
+    return generate_levels(num, size=size, num_boxes=num_boxes, seed=EVAL_SEED)[0]
 
 
 @torch.no_grad()
@@ -356,7 +348,7 @@ def play_episodes(
     x, rng, pictures = task.reset(EVAL_SEED, **options), torch.Generator(device).manual_seed(EVAL_SEED), []
     playing = torch.ones(args.eval_episodes, dtype=torch.bool, device=device)
     returns, ended = torch.zeros(args.eval_episodes, device=device), torch.zeros_like(playing)
-    while playing.any():
+    for _ in range(MOST_EVAL_STEPS):
         if film and playing[0]:
             pictures.append(task.envs.render()[0])
         out = torch.zeros(len(x), task.num_actions, device=device) if policy is None else policy(x)
@@ -365,14 +357,18 @@ def play_episodes(
         returns += reward * playing  # what comes after an episode's end doesn't count
         ended |= terminated & playing
         playing &= ~(terminated | truncated)
+        if not playing.any():
+            break
+    else:
+        print(f"{env_id}: {playing.sum()} episodes were cut after {MOST_EVAL_STEPS:,} steps; register it with a time "
+              "limit (max_episode_steps)", flush=True)  # fmt: skip
     task.envs.close()
     if film:
         from PIL import Image  # comes with matplotlib
 
         first, *rest = [Image.fromarray(picture) for picture in pictures]
-        temporary = film.with_name(film.name + ".tmp")
-        first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=100, loop=0)
-        os.replace(temporary, film)
+        with replacing(film) as temporary:
+            first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=100, loop=0)
     error = returns.std() / args.eval_episodes**0.5 if args.eval_episodes > 1 else torch.tensor(math.nan)
     return {"return": returns.mean().item(), "error": error.item(), "terminated": ended.float().mean().item()}
 
@@ -381,44 +377,40 @@ def play_episodes(
 
 
 class PolicyNet(nn.Module):
-    """A trunk and, for each task i, a head of A_i outputs (logits or Q-values); a critic has a value head each too.
+    """A trunk and, for each task i, a head of A_i outputs (logits or Q-values) and a critic's head.
 
     One task of boards (H, W) has a trunk of two 3x3 convolutions and a dense layer, of the widths (c1, c2, dense).
     Else the observations, flat and zero-padded to one width, go into dense layers of `widths`.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], actions: list[int], widths: tuple[int, ...], critic: bool):
+    def __init__(self, shapes: list[tuple[int, ...]], actions: list[int], widths: tuple[int, ...], view: str):
         super().__init__()
-        self.conv = len(shapes) == 1 and len(shapes[0]) == 2
-        self.width = max(math.prod(shape) * (4 if len(shape) == 2 else 1) for shape in shapes)
+        self.conv, self.view = len(shapes) == 1 and len(shapes[0]) == 2, view
+        inputs = [input_shape(shape, view) for shape in shapes]
+        self.width = max(math.prod(shape) for shape in inputs)
         if self.conv:
-            c1, c2, dense = widths
+            (planes, height, width), (c1, c2, dense) = inputs[0], widths
             self.trunk = nn.Sequential(
-                layer_init(nn.Conv2d(4, c1, 3, padding=1)), nn.ReLU(), layer_init(nn.Conv2d(c1, c2, 3, padding=1)),
-                nn.ReLU(), nn.Flatten(), layer_init(nn.Linear(c2 * math.prod(shapes[0]), dense)), nn.ReLU(),
+                layer_init(nn.Conv2d(planes, c1, 3, padding=1)), nn.ReLU(),
+                layer_init(nn.Conv2d(c1, c2, 3, padding=1)), nn.ReLU(),
+                nn.Flatten(), layer_init(nn.Linear(c2 * height * width, dense)), nn.ReLU(),
             )  # fmt: skip
         else:
-            sizes, layers = (self.width, *widths), []
-            for n_in, n_out in itertools.pairwise(sizes):
+            layers: list[nn.Module] = []
+            for n_in, n_out in itertools.pairwise((self.width, *widths)):
                 layers += [layer_init(nn.Linear(n_in, n_out)), nn.ReLU()]
             self.trunk = nn.Sequential(*layers)
         self.heads = nn.ModuleList(layer_init(nn.Linear(widths[-1], n), 0.01) for n in actions)
-        self.critics = nn.ModuleList(layer_init(nn.Linear(widths[-1], 1), 1.0) for _ in actions if critic)
-        self.register_buffer("mean", torch.zeros(len(shapes), self.width))
+        self.critics = nn.ModuleList(layer_init(nn.Linear(widths[-1], 1), 1.0) for _ in actions)
+        self.register_buffer("mean", torch.zeros(len(shapes), self.width))  # units of the flat observations
         self.register_buffer("std", torch.ones(len(shapes), self.width))
-
-    def standardize(self, x: Tensor, task: int = 0) -> None:
-        """Take the scales of vector observations (N, S); boards stay as they are, and so does what is constant."""
-        if x.dtype != torch.uint8:
-            std = x.std(0)
-            self.mean[task, : x.shape[1]] = x.mean(0)
-            self.std[task, : x.shape[1]] = torch.where(std > 1e-6, std, 1.0)
 
     def features(self, x: Tensor, task: int = 0) -> Tensor:
         """Observations (B, S) or (B, H, W) to what the heads read (B, last width)."""
-        x = cell_planes(x) if x.dtype == torch.uint8 else x.float()  # (B, 4, H, W) or (B, S)
+        if x.dtype == torch.uint8:
+            x = cell_planes(player_view(x) if self.view == "player" else x)  # (B, 4, H-1, W-1), or (B, 4, H, W)
         if not self.conv:
-            x = x.flatten(1)
+            x = x.float().flatten(1)
             x = (F.pad(x, (0, self.width - x.shape[1])) - self.mean[task]) / self.std[task]
         return self.trunk(x)
 
@@ -433,12 +425,19 @@ class PolicyNet(nn.Module):
         return self.heads[task](features), self.critics[task](read).squeeze(-1)
 
 
+def input_shape(shape: tuple[int, ...], view: str) -> tuple[int, ...]:
+    """What a network reads of observations: vectors (S,) as they are, boards as planes (4, H, W), or one less each."""
+    if len(shape) == 1:
+        return shape
+    return (4, shape[0] - 1, shape[1] - 1) if view == "player" else (4, *shape)
+
+
 def acting_parameters(net: PolicyNet) -> int:
     """Parameters that acting needs: all but the critic's."""
     return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("critics"))
 
 
-def student_widths(shapes: list[tuple[int, ...]], actions: list[int], most: int) -> tuple[int, ...]:
+def student_widths(shapes: list[tuple[int, ...]], actions: list[int], most: int, view: str) -> tuple[int, ...]:
     """The widths of the largest student with at most `most` parameters.
 
     Vectors: the teacher's times f. Boards: f for the convolutions, f² for the dense layer, which holds nearly all
@@ -448,11 +447,11 @@ def student_widths(shapes: list[tuple[int, ...]], actions: list[int], most: int)
 
     def count(widths: tuple[int, ...]) -> int:
         with torch.device("meta"):
-            return acting_parameters(PolicyNet(shapes, actions, widths, critic=False))
+            return acting_parameters(PolicyNet(shapes, actions, widths, view))
 
     candidates = []
     for factor in np.geomspace(0.01, 64, 2000):  # each 0.4 % above the last
-        factors = (factor, factor, factor**2) if boards else (factor,) * len(VECTOR_WIDTHS)
+        factors = (factor, factor, factor**2) if boards else (factor, factor)
         base = BOARD_WIDTHS if boards else VECTOR_WIDTHS
         candidates.append(tuple(max(1, round(f * width)) for f, width in zip(factors, base, strict=True)))
     if count(candidates[0]) > most:
@@ -463,37 +462,80 @@ def student_widths(shapes: list[tuple[int, ...]], actions: list[int], most: int)
 # ---------------------------------------------------------------------------------------------------------- teachers
 
 
-class TeacherLog:
-    """Counts a teacher's episodes and losses, and writes 20 rows of metrics."""
+def read_teachers(path: str, args: Args, device: torch.device) -> dict[str, dict[str, Any]]:
+    """The teachers of a file, by environment: policies of this script, or run 0 of dyna_dqn.py's Q-networks."""
+    saved = load_checkpoint(path, device)
+    if "teachers" in saved:
+        teachers = saved["teachers"]
+    elif "q_net.mean" in saved.get("networks", {}):
+        teachers = {saved["args"]["env_id"]: q_network(saved["args"], saved["networks"])}
+    else:
+        sys.exit(f"{path} holds no teacher: give an agent.pt of distillation.py, or of dyna_dqn.py")
+    for name, value in teachers.get("Sokoban-v0", {}).get("levels", {}).items():
+        if value != getattr(args, name):
+            sys.exit(f"the teacher of {path} was trained with --{name.replace('_', '-')} {value}: give that flag too")
+    return teachers
 
-    def __init__(self, logger: Logger, frames: int, first_step: int, number: int, num_envs: int, device: torch.device):
-        self.logger, self.frames, self.first_step, self.number, self.done = logger, frames, first_step, number, 0
-        self.running = torch.zeros(2, num_envs, device=device)  # return and length of the episodes under way
-        self.ended, self.sums, self.updates, self.start = torch.zeros(3, device=device), {}, 0, time.time()
-        self.bar = tqdm(total=frames, unit=" frames", disable=not sys.stderr.isatty())
 
-    def __call__(self, rewards: Tensor, done: Tensor, losses: dict[str, Tensor]) -> None:
-        """Rewards and ends (T, B) of a rollout, and the losses of its update, if there was one."""
-        for reward, end in zip(rewards, done, strict=True):
-            self.running += torch.stack([reward, torch.ones_like(reward)])
-            self.ended += torch.stack([*(self.running * end).sum(1), end.sum()])
-            self.running *= ~end
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-        self.updates += bool(losses)
-        before, self.done = self.done, self.done + rewards.numel()
-        self.bar.update(rewards.numel())
-        if 20 * self.done // self.frames == 20 * before // self.frames:
-            return
-        metrics = {"charts/task": self.number, "charts/SPS": self.done / (time.time() - self.start)}
-        total_return, total_length, episodes = self.ended.tolist()
-        if episodes:
-            metrics |= {"charts/episodic_return": total_return / episodes}
-            metrics |= {"charts/episodic_length": total_length / episodes}
-        metrics |= {f"losses/{name}": value.item() / self.updates for name, value in self.sums.items()}
-        self.logger.log(self.first_step + self.done, metrics)
-        self.ended.zero_()
-        self.sums, self.updates = {}, 0
+def q_network(args: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """dyna_dqn.py's first Q-network of several side by side, its weights (in, out), as one of a PolicyNet."""
+    network = {"mean": weights["q_net.mean"][0], "std": weights["q_net.std"][0]}  # (1, S)
+    layers = len(args["hidden"])
+    for i in range(layers + 1):
+        name = f"trunk.{2 * i}" if i < layers else "heads.0"
+        network[f"{name}.weight"] = weights[f"q_net.weights.{i}"][0].T
+        network[f"{name}.bias"] = weights[f"q_net.biases.{i}"][0, 0]
+    levels = {name: args[name] for name in ("size", "num_boxes")}
+    return {"kind": "dqn", "widths": args["hidden"], "view": "board", "network": network, "levels": levels}
+
+
+def make_teacher(entry: dict[str, Any], task: Task) -> PolicyNet:
+    """The network of a file's entry; a DQN reads boards flat."""
+    shape = task.shape if entry["kind"] == "actor-critic" else entry["network"]["mean"].shape[1:]
+    net = PolicyNet([shape], [task.num_actions], tuple(entry["widths"]), entry["view"]).to(task.device)
+    load_weights(net, entry["network"])
+    return net
+
+
+def load_weights(net: PolicyNet, weights: dict[str, Tensor]) -> None:
+    """Load a file's weights; a DQN has no critic, and acting needs none."""
+    try:
+        missing = net.load_state_dict(weights, strict=False).missing_keys
+    except RuntimeError as e:
+        sys.exit(f"the network was made with other sizes than these flags: {str(e).splitlines()[1].strip()}")
+    if not all(name.startswith("critics") for name in missing):
+        sys.exit(f"the network was made with other layers than these flags: it has no {missing[0]}")
+
+
+class Rollout(NamedTuple):
+    """T steps of a network in B environments; all (T, B), observations (T, B, ...), logits (T, B, A)."""
+
+    observations: Tensor
+    logits: Tensor
+    values: Tensor
+    next_values: Tensor  # of the true next observations, without a gradient
+    actions: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    done: Tensor
+
+
+def act(
+    net: PolicyNet, i: int, task: Task, x: Tensor, num_steps: int, rng: torch.Generator, apart: bool = False
+) -> tuple[Rollout, Tensor]:
+    """Act from x (B, ...), a_t ~ π(s_t), with the graph of the outputs; returns what came, and the next x."""
+    steps = []
+    for _ in range(num_steps):
+        logits, value = net.with_value(x, i, apart)
+        action = sample(logits.detach(), rng)
+        next_x, reward, terminated, truncated, true_next = task.step(action)
+        steps.append((x, logits, value, action, reward, terminated, truncated, true_next))
+        x = next_x
+    columns = zip(*steps, strict=True)
+    observations, logits, values, actions, rewards, terminated, truncated, true_next = map(torch.stack, columns)
+    next_values = true_next_values(net, i, values, x, true_next, truncated)
+    done = terminated | truncated
+    return Rollout(observations, logits, values, next_values, actions, rewards, terminated, done), x
 
 
 @torch.no_grad()
@@ -508,94 +550,52 @@ def true_next_values(
     return next_values
 
 
-def train_actor_critic(
+def train_teacher(
     net: PolicyNet, task: Task, args: Args, frames: int, learning_rate: float, gamma: float, rng: torch.Generator,
-    log: TeacherLog,
-) -> None:  # fmt: skip
-    """Advantage actor-critic with n-step returns; `net` learns in place."""
+    logger: Logger, first_step: int,
+) -> int:  # fmt: skip
+    """Advantage actor-critic with n-step returns; `net` learns in place. Returns the frames with those before."""
     x = task.reset(1000 * args.seed)
     optimizer = torch.optim.Adam(net.parameters(), learning_rate, eps=1e-5)
-    for _ in range(frames // (args.num_envs * args.num_steps)):
-        steps = []
-        for _ in range(args.num_steps):
-            logits, value = net.with_value(x)  # with its graph: the policy stays as it is until the update
-            action = sample(logits.detach(), rng)
-            x, reward, terminated, truncated, true_next = task.step(action)
-            steps.append((action, reward, terminated, truncated, true_next, logits, value))
-        actions, rewards, terminated, truncated, true_next, logits, values = map(torch.stack, zip(*steps, strict=True))
-        next_values = true_next_values(net, 0, values, x, true_next, truncated)
+    iterations = math.ceil(frames / (args.num_envs * args.num_steps))
+    running = torch.zeros(2, args.num_envs, device=task.device)  # return and length of the episodes under way
+    episodes, losses = torch.zeros(3, device=task.device), torch.zeros(3, device=task.device)  # since the last row
+    start, row = time.time(), 0
+    for iteration in tqdm(range(1, iterations + 1), desc="teacher", disable=not sys.stderr.isatty()):
+        rollout, x = act(net, 0, task, x, args.num_steps, rng)
+        rewards, done = rollout.rewards, rollout.done
         advantages = generalized_advantages(
-            args.reward_scale * rewards, values.detach(), next_values, terminated, terminated | truncated, gamma, 1.0
+            args.reward_scale * rewards, rollout.values.detach(), rollout.next_values, rollout.terminated, done, gamma,
+            1.0,
+        )  # fmt: skip
+        policy_loss, value_loss, entropy = actor_critic_losses(
+            rollout.logits, rollout.values, rollout.actions, advantages
         )
-        policy_loss, value_loss, entropy = actor_critic_losses(logits, values, actions, advantages)
         optimizer.zero_grad(set_to_none=True)
         (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).backward()
         nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
         optimizer.step()
-        losses = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-        log(rewards, terminated | truncated, losses)
 
-
-def double_q_loss(
-    net: nn.Module, target_net: nn.Module, rows: tuple[Tensor, ...], gamma: float
-) -> tuple[Tensor, Tensor]:
-    """Means of (r + γ (1 - end) Q'(s', argmax_a Q(s', a)) - Q(s, a))² and of Q(s, a)."""
-    x, action, reward, end, following = rows
-    q, next_q = net(torch.cat([x, following])).chunk(2)  # (B, A) each
-    with torch.no_grad():
-        best = next_q.argmax(-1, keepdim=True)
-        target = reward + gamma * ~end * target_net(following).gather(-1, best).squeeze(-1)
-    q = q.gather(-1, action[:, None]).squeeze(-1)
-    return F.mse_loss(q, target), q.detach().mean()
-
-
-def train_dqn(
-    net: PolicyNet, target_net: PolicyNet, task: Task, args: Args, frames: int, learning_rate: float, gamma: float,
-    rng: torch.Generator, log: TeacherLog,
-) -> None:  # fmt: skip
-    """Double DQN with `--dqn-updates` after each step of all environments; `net` learns in place."""
-    B, device = task.num_envs, task.device
-    x = task.reset(1000 * args.seed)
-    size = max(1, args.replay_size // B) * B  # a multiple of B: a step's rows never wrap round
-    replay = (
-        x.new_zeros(size, *x.shape[1:]), torch.zeros(size, dtype=torch.int64, device=device),
-        torch.zeros(size, device=device), torch.zeros(size, dtype=torch.bool, device=device),
-        x.new_zeros(size, *x.shape[1:]),
-    )  # fmt: skip
-    target_net.load_state_dict(net.state_dict())
-    optimizer = torch.optim.Adam(net.parameters(), learning_rate, fused=True)
-    for step in range(frames // B):
-        epsilon = max(0.05, 1 - 0.95 * step * B / max(1.0, args.exploration_fraction * frames))
-        with torch.no_grad():
-            action = explored(net(x).argmax(-1), task.num_actions, epsilon, rng)
-        following, reward, terminated, truncated, true_next = task.step(action)
-        at = step * B % size
-        # `end` is the termination only: a truncation doesn't stop the bootstrap
-        for column, value in zip(replay, (x, action, reward, terminated, true_next), strict=True):
-            column[at : at + B] = value
-        x, losses = following, {}
-        if (step + 1) * B > args.learning_starts:
-            known = min((step + 1) * B, size)
-            if step % 100 == 0:
-                for network in (net, target_net):
-                    network.standardize(replay[0][:known])
-            for _ in range(args.dqn_updates):
-                index = torch.randint(known, (args.dqn_batch_size,), generator=rng, device=device)
-                loss, q_values = double_q_loss(net, target_net, tuple(column[index] for column in replay), gamma)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-            with torch.no_grad():
-                for target, parameter in zip(target_net.parameters(), net.parameters(), strict=True):
-                    target.lerp_(parameter, args.tau)
-            losses = {"td_loss": loss, "q_values": q_values}
-        log(reward[None], (terminated | truncated)[None], losses)
-
-
-def explored(action: Tensor, num_actions: int, epsilon: float, rng: torch.Generator) -> Tensor:
-    """The actions (B,), each replaced by a random one with probability ε."""
-    explore = torch.rand(action.shape, generator=rng, device=action.device) < epsilon
-    return torch.where(explore, torch.randint(num_actions, action.shape, generator=rng, device=action.device), action)
+        losses += torch.stack([policy_loss, value_loss, entropy]).detach()
+        for reward, end in zip(rewards, done, strict=True):
+            running += torch.stack([reward, torch.ones_like(reward)])
+            episodes += torch.stack([*(running * end).sum(1), end.sum()])
+            running *= ~end
+        if 20 * iteration // iterations > 20 * (iteration - 1) // iterations:
+            step = iteration * args.num_envs * args.num_steps
+            metrics = {"charts/SPS": step / (time.time() - start)}
+            total_return, total_length, number = episodes.tolist()
+            if number:
+                metrics |= {"charts/episodic_return": total_return / number}
+                metrics |= {"charts/episodic_length": total_length / number}
+            means = (losses / (iteration - row)).tolist()
+            names = ("policy_loss", "value_loss", "entropy")
+            metrics |= {f"losses/{name}": mean for name, mean in zip(names, means, strict=True)}
+            logger.log(first_step + step, metrics)
+            episodes.zero_()
+            losses.zero_()
+            row = iteration
+    return first_step + iterations * args.num_envs * args.num_steps
 
 
 # ------------------------------------------------------------------------------------------------------- distillation
@@ -617,19 +617,22 @@ class StateBuffer:
 def visited_states(
     task: Task, teacher: Any, num: int, epsilon: float, greedy: bool, seed: int, rng: torch.Generator
 ) -> Tensor:
-    """About `num` states (N, ...) that the teacher visits, with random actions mixed in."""
+    """About `num` states (N, ...) that the teacher visits, acting at random with probability ε."""
     x, states = task.reset(seed), []
     for _ in range(math.ceil(num / task.num_envs)):
         states.append(x)
         out = teacher(x)
         action = out.argmax(-1) if greedy else sample(out, rng)
-        x, *_ = task.step(explored(action, task.num_actions, epsilon, rng))
+        explore = torch.rand(action.shape, generator=rng, device=x.device) < epsilon
+        random_action = torch.randint(task.num_actions, action.shape, generator=rng, device=x.device)
+        x, *_ = task.step(torch.where(explore, random_action, action))
     return torch.cat(states)
 
 
 def distillation_losses(student: Tensor, teacher: Tensor, loss: str, direction: str, temperature: float) -> Tensor:
-    """Rusu et al.'s losses, (B,), of outputs (B, A): logits, or Q-values q. Only the student's have a gradient.
+    """Losses (...,) of outputs (..., A): logits, or Q-values q. Only the student's have a gradient.
 
+    Three are Rusu et al.'s. The cross-entropies are Czarnecki et al.'s: H×(π‖π̂), and `reverse` H×(π̂‖π).
     The temperature τ sharpens the teacher, π = softmax(q / τ); the student has none: π̂ = softmax(its outputs).
     """
     teacher = teacher.detach()
@@ -638,65 +641,69 @@ def distillation_losses(student: Tensor, teacher: Tensor, loss: str, direction: 
         return ((teacher - student) ** 2).sum(-1)  # ‖q - q̂‖²
     if loss == "nll":
         return -log_pi_hat.gather(-1, teacher.argmax(-1, keepdim=True)).squeeze(-1)  # -log π̂(argmax_a q)
-    if direction == "reverse":
-        return (log_pi_hat.exp() * (log_pi_hat - log_pi)).sum(-1)  # D_KL(π̂‖π)
-    return (log_pi.exp() * (log_pi - log_pi_hat)).sum(-1)  # D_KL(π‖π̂)
+    first, second = (log_pi_hat, log_pi) if direction == "reverse" else (log_pi, log_pi_hat)
+    if loss == "cross-entropy":
+        return -(first.exp() * second).sum(-1)  # H×(π‖π̂)
+    return (first.exp() * (first - second)).sum(-1)  # D_KL(π‖π̂)
 
 
-def cross_entropies(student: Tensor, teacher: Tensor, direction: str, temperature: float) -> Tensor:
-    """H×(π‖π̂) = -Σ_a π log π̂, or `reverse`, H×(π̂‖π), (B,): what Czarnecki et al.'s corrected updates minimise."""
-    log_pi, log_pi_hat = (teacher.detach() / temperature).log_softmax(-1), student.log_softmax(-1)
-    return -(log_pi_hat.exp() * log_pi if direction == "reverse" else log_pi.exp() * log_pi_hat).sum(-1)
-
-
-def corrected_loss(
-    losses: Tensor, logits: Tensor, values: Tensor, next_values: Tensor, actions: Tensor, terminated: Tensor,
-    done: Tensor, gamma: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def corrected_loss(losses: Tensor, rollout: Rollout, gamma: float) -> tuple[Tensor, Tensor]:
     """Czarnecki et al.'s theorem 2: the loss whose gradient is that of E_π̂[Σ_t ℓ(s_t)], and the value loss.
 
     The states depend on the student too: ∇ E_π̂[Σ_t ℓ_t] = E_π̂[Σ_t ∇ℓ_t - ∇log π̂(a_t|s_t) R̂_t], R̂_t = Σ_{i>=t} r̂_i with
-    r̂_i = -ℓ_{i+1}. Here the reward of step t is -ℓ_t, which adds to R̂_t what a_t doesn't change: no bias, and the
-    critic learns the same sum, V(s_t) = -Σ_{i>=t} γ^{i-t} ℓ_i. All (T, B), logits (T, B, A).
+    r̂_i = -ℓ_{i+1}, for any ℓ. Here the reward of step t is -ℓ_t, which adds to R̂_t what a_t doesn't change: no bias,
+    and the critic learns the same sum, V(s_t) = -Σ_{i>=t} γ^{i-t} ℓ_i.
     """
-    advantages = generalized_advantages(-losses.detach(), values.detach(), next_values, terminated, done, gamma, 1.0)
-    policy_loss, value_loss, _ = actor_critic_losses(logits, values, actions, advantages)
+    advantages = generalized_advantages(
+        -losses.detach(), rollout.values.detach(), rollout.next_values, rollout.terminated, rollout.done, gamma, 1.0
+    )
+    policy_loss, value_loss, _ = actor_critic_losses(rollout.logits, rollout.values, rollout.actions, advantages)
     return losses.mean() + policy_loss, value_loss
 
 
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line, over the flags of the file to evaluate."""
+    given = tyro.cli(Args, args=argv)
+    return tyro.cli(Args, args=argv, default=saved_args(given.evaluate)) if given.evaluate else given
+
+
 def check_distillation(args: Args) -> None:
-    """Refuse flags that can't work, before anything is written."""
-    for name in (
-        "num_envs", "num_steps", "buffer_size", "distill_steps", "batch_size", "eval_episodes", "log_frequency",
-        "dqn_envs", "dqn_updates", "dqn_batch_size", "replay_size",
-    ):  # fmt: skip
-        if getattr(args, name) < 1:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    doubled = len(set(args.env_ids)) < len(args.env_ids)
-    for wrong, message in (
-        (not args.env_ids or doubled, f"--env-ids {' '.join(args.env_ids)}: give one or more, each once"),
-        (
-            not args.student_scale or not all(0 < scale < math.inf for scale in args.student_scale),
-            "--student-scale: give one or more shares above 0",
-        ),
-        (
-            args.temperature is not None and not 0 < args.temperature < math.inf,
-            f"--temperature {args.temperature}: must be above 0, and finite",
-        ),
-        (not 0 <= args.seed < 4_000_000, f"--seed {args.seed}: must be from 0 to 3,999,999"),
-        (args.teacher_timesteps is not None and args.teacher_timesteps < 1, "--teacher-timesteps: must be 1 or more"),
-        (args.learning_rate is not None and not args.learning_rate > 0, "--learning-rate: must be above 0"),
-        (not args.distill_learning_rate > 0, "--distill-learning-rate: must be above 0"),
-        (not args.max_grad_norm > 0, "--max-grad-norm: must be above 0"),
-        (not 0 < args.tau <= 1, f"--tau {args.tau}: must be above 0 and at most 1"),
-        (not 0 <= args.epsilon <= 1, f"--epsilon {args.epsilon}: must be from 0 to 1"),
-        (args.gamma is not None and not 0 <= args.gamma <= 1, f"--gamma {args.gamma}: must be from 0 to 1"),
-        (args.loss == "mse" and args.teacher != "dqn" and not args.teacher_path, NEEDS_Q_VALUES),
-        (args.correction and args.states != "student", "--correction needs --states student"),
-        (args.correction and args.loss != "kl", "--correction is for --loss kl"),
-    ):  # fmt: skip
-        if wrong:
-            sys.exit(message)
+    """Refuse flags that would fail late, or go wrong without a word."""
+    least = {
+        "seed": 0, "num_envs": 1, "num_steps": 1, "buffer_size": 1, "distill_steps": 1, "batch_size": 1,
+        "eval_episodes": 1, "log_frequency": 1, "epsilon": 0, "gamma": 0, "teacher_timesteps": 1,
+    }  # fmt: skip
+    most = {"seed": 4_000_000, "epsilon": 1, "gamma": 1}
+    for name, low in least.items():
+        value, high = getattr(args, name), most.get(name, math.inf)
+        if value is not None and not low <= value <= high:
+            sys.exit(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+    if not args.env_ids or len(set(args.env_ids)) < len(args.env_ids):
+        sys.exit(f"--env-ids {' '.join(args.env_ids)}: give one or more, each once")
+    if args.temperature is not None and not args.temperature > 0:
+        sys.exit(f"--temperature {args.temperature}: must be above 0")
+    if args.correction and args.states != "student":
+        sys.exit("--correction needs --states student: it is about the states that the student comes to")
+    if "Sokoban-v0" in args.env_ids:
+        try:
+            unseen_levels(args.eval_episodes, args.size, args.num_boxes)
+        except ValueError as e:
+            sys.exit(str(e))
+
+
+def stage_rng(args: Args, number: int, device: torch.device) -> torch.Generator:
+    """Every teacher, buffer and student has random numbers of its own, whatever was trained before it."""
+    seed_everything(1000 * args.seed + number, args.torch_deterministic)
+    return torch.Generator(device).manual_seed(1000 * args.seed + number)
+
+
+def setting(args: Args, name: str, env_id: str) -> Any:
+    """A flag's value, or what its None stands for in this environment."""
+    value = getattr(args, name)
+    return (SOKOBAN if env_id == "Sokoban-v0" else OTHERS)[name] if value is None else value
 
 
 def main(args: Args) -> list[dict[str, Any]]:
@@ -704,192 +711,145 @@ def main(args: Args) -> list[dict[str, Any]]:
     check_distillation(args)
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    path = args.evaluate or args.resume
-    if path:
-        state = load_checkpoint(path, device)
-        if not {"teachers", "students", "run_name"} <= set(state):
-            sys.exit(f"{path} is of another script or version: give an agent.pt of this distillation.py")
-        args = resumed_args(args, path)
-    else:
-        state = {"args": asdict(args), "run_name": "", "teachers": {}, "students": {}}
-        state |= {"global_step": 0, "rows": []}
-    for teacher_path in () if path else args.teacher_path:
-        saved = load_checkpoint(teacher_path, device)
-        same = ("size", "num_boxes", "max_episode_steps") if "Sokoban-v0" in saved.get("teachers", {}) else ()
-        if wrong := [name for name in same if saved["args"].get(name) != getattr(args, name)]:
-            sys.exit(f"{teacher_path} has another --{wrong[0].replace('_', '-')}: {saved['args'].get(wrong[0])}")
-        state["teachers"] |= {k: v for k, v in saved.get("teachers", {}).items() if k in args.env_ids}
-    if args.teacher_path and (missing := set(args.env_ids) - set(state["teachers"])):
-        sys.exit(f"--teacher-path {' '.join(args.teacher_path)}: no teacher for {' '.join(sorted(missing))}")
-    kinds = [state["teachers"].get(env_id, {"kind": args.teacher})["kind"] for env_id in args.env_ids]
-    dqn = [kind == "dqn" for kind in kinds]
-    if args.loss == "mse" and not all(dqn):
-        sys.exit(NEEDS_Q_VALUES)
-    temperatures = [args.temperature or (0.01 if q_values else 1.0) for q_values in dqn]
-    discounts = [
-        {"Sokoban-v0": 0.97}.get(env_id, 0.99) if args.gamma is None else args.gamma for env_id in args.env_ids
-    ]
-    tasks = [Task(args, env_id, args.num_envs, device) for env_id in args.env_ids]
+    env_ids, known = args.env_ids, {}
+    for path in (args.evaluate,) if args.evaluate else args.teacher_path:
+        known |= read_teachers(path, args, device)
+    if (args.evaluate or args.teacher_path) and (missing := [env_id for env_id in env_ids if env_id not in known]):
+        sys.exit(f"no file of {' '.join(args.teacher_path)} has a teacher for {', '.join(missing)}")
+    greedy = [env_id in known and known[env_id]["kind"] == "dqn" for env_id in env_ids]
+    if args.loss == "mse" and not all(greedy):
+        sys.exit("--loss mse compares Q-values: give --teacher-path the agent.pt of a dyna_dqn.py for each task")
+    temperatures = [args.temperature or (0.01 if q_values else 1.0) for q_values in greedy]
+    tasks = [Task(args, env_id, args.num_envs, device) for env_id in env_ids]
     shapes, actions = [task.shape for task in tasks], [task.num_actions for task in tasks]
-    if not path:
-        state["run_name"] = new_run(f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}")
-    folder = pathlib.Path(args.evaluate).parent if args.evaluate else pathlib.Path("runs") / state["run_name"]
-    logger = None if args.evaluate else Logger(args, state["run_name"], state["rows"])
+    logger, folder, students = None, pathlib.Path(args.evaluate or "").parent, {}
+    if args.evaluate:
+        students = load_checkpoint(args.evaluate, device)["students"]
+    else:
+        logger = Logger(args, new_run(f"{'+'.join(env_ids)}__{args.exp_name}__{args.seed}"))
+        folder = logger.path.parent
+    state = {"args": asdict(args), "teachers": {}, "students": students}
+    step = 0  # frames of teachers, then updates of students
 
-    def save() -> None:
-        state["rows"] = logger.rows
-        if args.save_model:
-            save_checkpoint(folder / "agent.pt", state)
-
-    def begin_stage(number: int) -> torch.Generator:
-        """Every teacher and student has random numbers of its own: a resumed run is the uninterrupted one."""
-        seed_everything(1000 * args.seed + number, args.torch_deterministic)
-        return torch.Generator(device).manual_seed(1000 * args.seed + number)
-
-    def evaluated(i: int, policy: Any, name: str) -> dict[str, float]:
-        film = folder / f"{args.env_ids[i]}_{name}.gif" if args.capture_video else None
-        return play_episodes(args, args.env_ids[i], policy, dqn[i], device, film)
-
-    # ---- 1. The teachers, one a task
-    teachers = []
-    for i, (env_id, task) in enumerate(zip(args.env_ids, tasks, strict=True)):
-        rng, known = begin_stage(i), state["teachers"].get(env_id)
-        conv = len(task.shape) == 2
-        widths = tuple(known["widths"]) if known else BOARD_WIDTHS if conv else VECTOR_WIDTHS
-        teacher, target_net = (
-            PolicyNet([task.shape], [task.num_actions], widths, not dqn[i]).to(device) for _ in range(2)
-        )
-        teachers.append(teacher)
-        if known:
-            teacher.load_state_dict(known["network"])
-            continue
-        if args.evaluate:
-            sys.exit(f"{args.evaluate} has no teacher for {env_id} yet: --resume it first")
-        table = TEACHER_TIMESTEPS[kinds[i]]
-        num_envs, num_steps = (args.dqn_envs, 1) if dqn[i] else (args.num_envs, args.num_steps)
-        rollout, own_task = num_envs * num_steps, Task(args, env_id, num_envs, device)
-        frames = math.ceil((args.teacher_timesteps or table.get(env_id, table["default"])) / rollout) * rollout
-        begun, log = time.time(), TeacherLog(logger, frames, state["global_step"], i, num_envs, device)
-        learning_rate = args.learning_rate or (5e-4 if dqn[i] else 3e-3 if conv else 1e-3)
-        settings = (own_task, args, frames, learning_rate, discounts[i], rng, log)
-        if dqn[i]:
-            train_dqn(teacher, target_net, *settings)
+    # ---- 1. The teachers, one a task; what they and random play are worth
+    teachers, scores = [], []
+    for i, (env_id, task) in enumerate(zip(env_ids, tasks, strict=True)):
+        rng = stage_rng(args, i, device)
+        scores.append({"random": play_episodes(args, env_id, None, greedy[i], device)})
+        if env_id in known:
+            state["teachers"][env_id] = known[env_id]
+            teachers.append(make_teacher(known[env_id], task))
         else:
-            train_actor_critic(teacher, *settings)
-        state["global_step"] += frames
-        known = {"kind": kinds[i], "widths": list(widths), "network": teacher.state_dict()}
-        known["minutes"] = (time.time() - begun) / 60
-        known |= {"random": evaluated(i, None, "random"), "teacher": evaluated(i, teacher, "teacher")}
-        state["teachers"][env_id] = known
-        save()
+            widths = BOARD_WIDTHS if len(task.shape) == 2 else VECTOR_WIDTHS
+            teachers.append(PolicyNet([task.shape], [task.num_actions], widths, args.view).to(device))
+            frames, learning_rate, gamma = (setting(args, name, env_id) for name in SOKOBAN)
+            step = train_teacher(teachers[i], task, args, frames, learning_rate, gamma, rng, logger, step)
+            levels = {name: getattr(args, name) for name in ("size", "num_boxes", "max_episode_steps")}
+            entry = {"kind": "actor-critic", "widths": list(widths), "view": args.view, "levels": levels}
+            state["teachers"][env_id] = entry | {"network": teachers[i].state_dict()}
+        if args.save_model and not args.evaluate:
+            save_checkpoint(folder / "agent.pt", state)
+        film = folder / f"{env_id}_teacher.gif" if args.capture_video else None
+        scores[i]["teacher"] = play_episodes(args, env_id, teachers[i], greedy[i], device, film)
 
     # ---- 2. A buffer for each task: what its teacher says where it goes
     buffers = []
     for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
-        if args.states == "teacher" and not args.evaluate and len(state["students"]) < len(args.student_scale):
-            rng = begin_stage(100 + i)
-            x = visited_states(task, teacher, args.buffer_size, args.epsilon, dqn[i], 1000 * args.seed + 600, rng)
+        if args.states == "teacher" and not args.evaluate:
+            rng = stage_rng(args, 100 + i, device)
+            x = visited_states(task, teacher, args.buffer_size, args.epsilon, greedy[i], 1000 * args.seed + 600, rng)
             with torch.no_grad():
                 buffers.append(StateBuffer(x, torch.cat([teacher(part) for part in x.split(4096)])))
 
     # ---- 3. The students, one for each scale: each of them for all tasks
     total = sum(map(acting_parameters, teachers))
     rows: list[dict[str, Any]] = []
-    for number, scale in enumerate(args.student_scale):
-        rng, known = begin_stage(200 + number), state["students"].get(f"{scale:g}")
-        widths = tuple(known["widths"]) if known else student_widths(shapes, actions, int(scale * total))
-        student = PolicyNet(shapes, actions, widths, critic=args.correction).to(device)
-        for i, teacher in enumerate(teachers):  # the student reads states in its teacher's units
-            student.mean[i, : teacher.width], student.std[i, : teacher.width] = teacher.mean[0], teacher.std[0]
+    for number, scale in enumerate(map(float, students) if args.evaluate else args.student_scale):
+        rng, name = stage_rng(args, 200 + number, device), f"{scale:g}"
+        saved = students.get(name) if args.evaluate else None
+        widths = tuple(saved["widths"]) if saved else student_widths(shapes, actions, int(scale * total), args.view)
+        student = PolicyNet(shapes, actions, widths, args.view).to(device)
         size = acting_parameters(student)
         print(f"student {scale:g}: {size:,} of the teachers' {total:,} parameters, widths {widths}", flush=True)
-        if known:
-            student.load_state_dict(known["network"])
-        elif args.evaluate:
-            continue
-        optimizer = torch.optim.Adam(student.parameters(), args.distill_learning_rate, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.distill_steps)
-        observations = [task.reset(1000 * args.seed + 700) for task in tasks]
-        sums, begun = torch.zeros(2, device=device), time.time()
-        steps = range(0 if known else args.distill_steps)
-        for step in tqdm(steps, desc=f"student {scale:g}", disable=not sys.stderr.isatty()):
-            loss = torch.zeros(2, device=device)  # of distillation, and of the student's critic: means over the tasks
-            for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
-                if args.states == "teacher":
-                    x, target = buffers[i].draw(args.batch_size, rng)
-                    losses = distillation_losses(student(x, i), target, args.loss, args.kl_direction, temperatures[i])
-                    loss = loss + torch.stack([losses.mean(), torch.zeros_like(losses[0])]) / len(tasks)
-                    continue
-                # The student acts: a_t ~ π̂(s_t), and learns where it comes to
-                rollout = []
-                for _ in range(args.num_steps):
-                    x = observations[i]
-                    # apart: sums of divergences are large, and the trunk is the policy's
-                    both = student.with_value(x, i, apart=True) if args.correction else (student(x, i), x.new_zeros(()))
-                    logits, value = both
-                    action = sample(logits.detach(), rng)
-                    observations[i], _, terminated, truncated, true_next = task.step(action)
-                    rollout.append((x, logits, value, action, terminated, truncated, true_next))
-                x, logits, values, action, terminated, truncated, true_next = map(
-                    torch.stack, zip(*rollout, strict=True)
-                )  # (T, B, ...)
-                with torch.no_grad():
-                    target = teacher(x.flatten(0, 1)).view_as(logits)
-                if args.correction:
-                    losses = cross_entropies(logits, target, args.kl_direction, temperatures[i])
-                    next_values = true_next_values(student, i, values, observations[i], true_next, truncated)
-                    distill_loss, value_loss = corrected_loss(
-                        losses, logits, values, next_values, action, terminated, terminated | truncated, discounts[i]
-                    )
-                else:
+        if saved:
+            load_weights(student, saved["network"])
+        else:
+            for i, teacher in enumerate(teachers):  # the student reads vectors in its teacher's units
+                if len(shapes[i]) == 1:
+                    student.mean[i, : teacher.width], student.std[i, : teacher.width] = teacher.mean[0], teacher.std[0]
+            optimizer = torch.optim.Adam(student.parameters(), args.distill_learning_rate, fused=True)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / args.distill_steps)
+            observations = [task.reset(1000 * args.seed + 700) for task in tasks]
+            sums, row, start = torch.zeros(2, device=device), 0, time.time()
+            updates = range(1, args.distill_steps + 1)
+            for update in tqdm(updates, desc=f"student {scale:g}", disable=not sys.stderr.isatty()):
+                loss = torch.zeros(2, device=device)  # of distillation and of the student's critic, means over tasks
+                for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
+                    if args.states == "teacher":
+                        x, target = buffers[i].draw(args.batch_size, rng)
+                        logits = student(x, i)  # (B, A)
+                    else:  # the student acts, and learns where it comes to; its trunk is the policy's alone
+                        rollout, observations[i] = act(
+                            student, i, task, observations[i], args.num_steps, rng, apart=True
+                        )
+                        logits = rollout.logits  # (T, B, A)
+                        with torch.no_grad():
+                            target = teacher(rollout.observations.flatten(0, 1)).view_as(logits)
                     losses = distillation_losses(logits, target, args.loss, args.kl_direction, temperatures[i])
                     distill_loss, value_loss = losses.mean(), torch.zeros_like(loss[0])
-                loss = loss + torch.stack([distill_loss, value_loss]) / len(tasks)
-            optimizer.zero_grad(set_to_none=True)
-            (loss[0] + args.vf_coef * loss[1]).backward()
-            if args.correction:  # a policy gradient, as the teacher's
-                nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            sums += loss.detach()
-            if (step + 1) % args.log_frequency == 0 or step + 1 == args.distill_steps:
-                count = step % args.log_frequency + 1
-                metrics = {"charts/student_scale": scale, "losses/distillation": sums[0].item() / count}
-                if args.correction:
-                    metrics["losses/student_value"] = sums[1].item() / count
-                metrics["charts/updates_per_second"] = (step + 1) / (time.time() - begun)
-                logger.log(state["global_step"] + step + 1, metrics)
-                sums.zero_()
-        seconds = known["seconds"] if known else time.time() - begun
+                    if args.correction:
+                        gamma = setting(args, "gamma", env_ids[i])
+                        distill_loss, value_loss = corrected_loss(losses, rollout, gamma)
+                    loss = loss + torch.stack([distill_loss, value_loss]) / len(tasks)
+                optimizer.zero_grad(set_to_none=True)
+                (loss[0] + args.vf_coef * loss[1]).backward()
+                if args.correction:  # a policy gradient, as the teacher's
+                    nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                sums += loss.detach()
+                if update % args.log_frequency == 0 or update == args.distill_steps:
+                    means = (sums / (update - row)).tolist()
+                    if not all(map(math.isfinite, means)):
+                        sys.exit(f"the student's loss is {means[0]} at update {update}: lower --distill-learning-rate")
+                    metrics = {"charts/student_scale": scale, "losses/distillation": means[0]}
+                    if args.correction:
+                        metrics["losses/student_value"] = means[1]
+                    metrics["charts/updates_per_second"] = update / (time.time() - start)
+                    logger.log(step + update, metrics)
+                    sums.zero_()
+                    row = update
+            step += args.distill_steps
+            students[name] = {"widths": list(widths), "network": student.state_dict()}
+            if args.save_model:
+                save_checkpoint(folder / "agent.pt", state)
 
         # ---- 4. Evaluate: the score is 0 for random play, 1 for the teacher
-        for i, env_id in enumerate(args.env_ids):
-            taught = state["teachers"][env_id]
-            own = evaluated(i, functools.partial(student, task=i), f"student_{scale:g}")
-            low, high = taught["random"]["return"], taught["teacher"]["return"]
-            row = {"env_id": env_id, "scale": scale, "student_parameters": size, "teacher_parameters": total}
-            row |= {"random": low, "teacher": high, "student": own["return"], "student_error": own["error"]}
-            row |= {"score": (own["return"] - low) / (high - low) if high != low else math.nan}
-            row |= {"teacher_terminated": taught["teacher"]["terminated"], "student_terminated": own["terminated"]}
-            row |= {"teacher_minutes": taught["minutes"], "student_seconds": seconds}
-            rows.append(row)
+        for i, env_id in enumerate(env_ids):
+            film = folder / f"{env_id}_student_{scale:g}.gif" if args.capture_video else None
+            policy = functools.partial(student, task=i)
+            played = scores[i] | {"student": play_episodes(args, env_id, policy, greedy[i], device, film)}
+            low, high, own = (played[who]["return"] for who in ("random", "teacher", "student"))
+            score = (own - low) / (high - low) if high != low else math.nan
+            metrics = {"charts/task": i, "charts/student_scale": scale, "charts/student_parameters": size}
+            metrics |= {"charts/teacher_parameters": total, "eval/score": score}
+            metrics |= {f"eval/{who}_{k}": value for who, result in played.items() for k, value in result.items()}
+            rows.append({"env_id": env_id, **metrics})
             print(
-                f"{env_id}: random {low:.4g}, teacher {high:.4g}, student {own['return']:.4g} ± "
-                f"{1.96 * own['error']:.2g}, score {row['score']:.3f}", flush=True,
+                f"{env_id}: random {low:.4g}, teacher {high:.4g}, student {own:.4g} ± "
+                f"{1.96 * played['student']['error']:.2g}, score {score:.3f}", flush=True,
             )  # fmt: skip
-        if not known:
-            state["global_step"] += args.distill_steps
-            scores = [row["score"] for row in rows if row["scale"] == scale]
-            logger.log(state["global_step"], {"charts/student_scale": scale, "eval/score": sum(scores) / len(scores)})
-            network = {"widths": list(widths), "network": student.state_dict(), "seconds": seconds}
-            state["students"][f"{scale:g}"] = network
-            save()
+            if logger:
+                logger.log(step, metrics)
     if logger:
         if args.save_model:
-            print(f"wrote {folder / 'agent.pt'}")
+            print(f"to see them play: python distillation.py --evaluate {folder / 'agent.pt'} --capture-video")
         logger.close()
     return rows
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("stopped; --teacher-path runs/NAME/agent.pt goes on from the teachers that were finished")
