@@ -46,6 +46,7 @@ from sokoban_env import SokobanVectorEnv, generate_levels
 
 EVAL_SEED = 10**9  # of the held-out levels and episodes
 MOST_EVAL_STEPS = 10_000  # of an evaluation, for environments without a time limit
+BOARD_WIDTHS, VECTOR_WIDTHS = (32, 32, 256), (64, 64)  # of teachers: two convolutions and a dense layer, or dense ones
 
 
 @dataclass
@@ -64,20 +65,20 @@ class Args:
     env_ids: tuple[str, ...] = ("Sokoban-v0",)  # the tasks of a student
     teacher_path: tuple[str, ...] = ()  # teachers: agent.pt files of this script, or of dyna_dqn.py (Q-values)
     student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)  # students, by share of the teachers' parameters
-    loss: Literal["kl", "cross-entropy", "nll", "mse"] = "kl"  # nll: of the best action; mse: of Q-values
-    kl_direction: Literal["forward", "reverse"] = "forward"  # forward: teacher to student; of cross-entropies, too
+    loss: Literal["kl", "nll", "mse"] = "kl"  # all of the policy, its best action, or Q-values
+    kl_direction: Literal["forward", "reverse"] = "forward"  # teacher to student (Rusu et al.), or back
     temperature: float | None = None  # of the teacher only (None: .01 for Q-values, 1 for a policy)
     states: Literal["teacher", "student"] = "teacher"  # who visits the states
     correction: bool = False  # with the student's states: reward it for lower losses at later steps
 
-    teacher_timesteps: int | None = None  # frames of a teacher (None: 1,500,000 on Sokoban, 400,000)
+    teacher_timesteps: int = 400_000  # frames of a teacher
     num_envs: int = 32  # parallel environments
     num_steps: int = 8  # steps of a rollout
-    learning_rate: float | None = None  # of a teacher (None: 3e-3 on Sokoban, 1e-3)
-    gamma: float | None = None  # discount (None: .97 on Sokoban, .99)
+    learning_rate: float = 3e-3  # learning rate of a teacher
+    gamma: float = 0.97  # discount
     ent_coef: float = 0.001  # a teacher's entropy bonus
     vf_coef: float = 0.5  # weight of value losses
-    max_grad_norm: float = 1.0  # gradient clipping, of teachers and of --correction
+    max_grad_norm: float = 1.0  # gradient clipping, of teachers and with --states student
     reward_scale: float = 0.1  # a teacher's losses see rewards times this
 
     buffer_size: int = 100_000  # states N of each task's buffer
@@ -93,11 +94,6 @@ class Args:
     eval_episodes: int = 500  # episodes of an evaluation, held-out levels for Sokoban
     log_frequency: int = 1_000  # updates of a student between rows of metrics; a teacher has 20
     evaluate: str | None = None  # play the teachers and students of this agent.pt, and stop
-
-
-BOARD_WIDTHS, VECTOR_WIDTHS = (32, 32, 256), (64, 64)  # of teachers: two convolutions and a dense layer, or dense ones
-SOKOBAN = {"teacher_timesteps": 1_500_000, "learning_rate": 3e-3, "gamma": 0.97}  # what None stands for
-OTHERS = {"teacher_timesteps": 400_000, "learning_rate": 1e-3, "gamma": 0.99}
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -231,18 +227,20 @@ def cell_planes(cells: Tensor) -> Tensor:
 
 
 def player_view(cells: Tensor) -> Tensor:
-    """Boards (..., H, W) rolled so that the player stands in the middle, at ((H-1)//2, (W-1)//2): (..., H-1, W-1).
+    """Boards (..., H, W) rolled so that the player stands in the middle: (..., V, V'), odd sides.
 
-    Row 0 and row H-1 are both wall, and columns alike: counted modulo H-1, the wall stands in the result once.
+    Where H is even V is H-1: rows 0 and H-1 are both wall, and one is left out. So the middle is a cell, and to turn
+    the board is to turn the view.
     """
     height, width = cells.shape[-2:]
+    view_height, view_width = (height - 1) // 2 * 2 + 1, (width - 1) // 2 * 2 + 1
     boards = cells.reshape(-1, height * width)
     player = boards.argmax(1)[:, None]  # (N, 1), its value is the highest
-    y, x = torch.arange(height - 1, device=cells.device), torch.arange(width - 1, device=cells.device)
-    rows = (player // width + y - (height - 1) // 2) % (height - 1)  # (N, H-1)
-    columns = (player % width + x - (width - 1) // 2) % (width - 1)  # (N, W-1)
+    y, x = torch.arange(view_height, device=cells.device), torch.arange(view_width, device=cells.device)
+    rows = (player // width + y - view_height // 2) % view_height  # (N, V)
+    columns = (player % width + x - view_width // 2) % view_width  # (N, V')
     index = rows[:, :, None] * width + columns[:, None, :]
-    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], height - 1, width - 1)
+    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], view_height, view_width)
 
 
 def generalized_advantages(
@@ -277,40 +275,44 @@ def actor_critic_losses(logits: Tensor, values: Tensor, actions: Tensor, advanta
 # ------------------------------------------------------------------------------------------------------ environments
 
 
+@functools.cache
+def unseen_levels(num: int, size: int, num_boxes: int) -> Tensor:
+    return generate_levels(num, size=size, num_boxes=num_boxes, seed=EVAL_SEED)[0]
+
+
 class Task:
     """B copies of an environment with same-step autoreset: gymnasium's and Sokoban's under one interface."""
 
-    def __init__(self, args: Args, env_id: str, num_envs: int, device: torch.device, levels: Tensor | None = None):
-        self.device, self.num_envs = device, num_envs
-        film = "rgb_array" if args.capture_video else None
+    def __init__(self, args: Args, env_id: str, num_envs: int, device: torch.device, evaluation: bool = False):
+        self.device, self.options, film = device, None, "rgb_array" if args.capture_video else None
         try:
             if env_id == "Sokoban-v0":
                 held_out = unseen_levels(args.eval_episodes, args.size, args.num_boxes)
+                self.options = {"levels": held_out} if evaluation else None
                 self.envs: gym.vector.VectorEnv = SokobanVectorEnv(
                     num_envs, size=args.size, num_boxes=args.num_boxes, max_episode_steps=args.max_episode_steps,
-                    levels=levels, exclude=held_out if levels is None else None, device=device, render_mode=film,
+                    levels=held_out if evaluation else None, exclude=held_out, device=device, render_mode=film,
                 )  # fmt: skip
             else:
-                # An environment may write each observation into the same array: copy it before its reset does
+                # An environment may write every observation into the same array: copy it before a reset does
                 copied = functools.partial(gym.wrappers.TransformObservation, func=np.array, observation_space=None)
-                kwargs = {"vector_kwargs": {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}}
-                kwargs |= {"render_mode": film} if film else {}  # an environment need not know it
-                self.envs = gym.make_vec(env_id, num_envs, "sync", wrappers=[copied], **kwargs)
+                kwargs = {"render_mode": film} if film else {}  # an environment need not know it
+                same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+                self.envs = gym.make_vec(env_id, num_envs, "sync", same_step, [copied], **kwargs)
             if film:
                 self.envs.reset()
                 self.envs.render()  # what is missing for it is said here
         except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
-            sys.exit(f"can't make {env_id} of --env-ids: {(str(e) or repr(e)).splitlines()[0]}")
+            sys.exit(f"can't make {env_id} of --env-ids: {e!r:.200}".splitlines()[0])
         actions, states = self.envs.single_action_space, self.envs.single_observation_space
-        if not isinstance(actions, gym.spaces.Discrete):
-            sys.exit(f"{env_id} has the action space {actions}, must be Discrete: try CartPole-v1")
-        if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1 + (env_id == "Sokoban-v0"):
-            sys.exit(f"{env_id} has the states {states}, must be vectors: try CartPole-v1")
+        boxes = isinstance(states, gym.spaces.Box) and len(states.shape) == (2 if env_id == "Sokoban-v0" else 1)
+        if not isinstance(actions, gym.spaces.Discrete) or not boxes:
+            sys.exit(f"{env_id} has actions {actions} and states {states}, not Discrete and vectors: try CartPole-v1")
         self.num_actions, self.first_action, self.shape = int(actions.n), int(actions.start), states.shape
 
-    def reset(self, seed: int, **kwargs: Any) -> Tensor:
+    def reset(self, seed: int) -> Tensor:
         """Observations (B, S), or (B, H, W) uint8."""
-        return torch.as_tensor(self.envs.reset(seed=seed, **kwargs)[0], device=self.device)
+        return torch.as_tensor(self.envs.reset(seed=seed, options=self.options)[0], device=self.device)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Observations to act on, rewards, terminated, truncated, and the true next observations: before resets."""
@@ -319,40 +321,29 @@ class Task:
             return x, reward, terminated, truncated, info.get("final_obs", x)
         *step, info = self.envs.step((actions + self.first_action).cpu().numpy())
         x, reward, terminated, truncated = (torch.as_tensor(column, device=self.device) for column in step)
-        true_next = x
-        if "final_obs" in info:  # an array of objects, None where the episode goes on
-            ended = info["_final_obs"]
-            true_next = x.clone()
-            true_next[torch.as_tensor(ended)] = torch.as_tensor(np.stack(info["final_obs"][ended]), device=self.device)
+        true_next = x.clone()
+        for b in np.flatnonzero(info.get("_final_obs", ())):
+            true_next[b] = torch.as_tensor(info["final_obs"][b], device=self.device)
         return x, reward.float(), terminated, truncated, true_next
-
-
-@functools.cache
-def unseen_levels(num: int, size: int, num_boxes: int) -> Tensor:
-    return generate_levels(num, size=size, num_boxes=num_boxes, seed=EVAL_SEED)[0]
 
 
 @torch.no_grad()
 def play_episodes(
-    args: Args, env_id: str, policy: Any, greedy: bool, device: torch.device, film: pathlib.Path | None = None
+    args: Args, env_id: str, policy: Any, greedy: bool, device: torch.device, film: pathlib.Path
 ) -> dict[str, float]:
     """One episode in each of `--eval-episodes` copies: return and its standard error, share terminated (solved).
 
     `policy` maps observations to outputs (B, A), None is random play. Policies are sampled, Q-values acted on greedily.
     """
-    levels, options = None, {}
-    if env_id == "Sokoban-v0":
-        levels = unseen_levels(args.eval_episodes, args.size, args.num_boxes)
-        options = {"options": {"levels": levels}}
-    task = Task(args, env_id, args.eval_episodes, device, levels)
-    x, rng, pictures = task.reset(EVAL_SEED, **options), torch.Generator(device).manual_seed(EVAL_SEED), []
+    task = Task(args, env_id, args.eval_episodes, device, evaluation=True)
+    x, rng, pictures = task.reset(EVAL_SEED), torch.Generator(device).manual_seed(EVAL_SEED), []
     playing = torch.ones(args.eval_episodes, dtype=torch.bool, device=device)
     returns, ended = torch.zeros(args.eval_episodes, device=device), torch.zeros_like(playing)
     for _ in range(MOST_EVAL_STEPS):
-        if film and playing[0]:
+        if args.capture_video and playing[0]:
             pictures.append(task.envs.render()[0])
-        out = torch.zeros(len(x), task.num_actions, device=device) if policy is None else policy(x)
-        action = out.argmax(-1) if greedy and policy is not None else sample(out, rng)
+        out = policy(x) if policy else torch.zeros(len(x), task.num_actions, device=device)
+        action = out.argmax(-1) if policy and greedy else sample(out, rng)
         x, reward, terminated, truncated, _ = task.step(action)
         returns += reward * playing  # what comes after an episode's end doesn't count
         ended |= terminated & playing
@@ -360,16 +351,15 @@ def play_episodes(
         if not playing.any():
             break
     else:
-        print(f"{env_id}: {playing.sum()} episodes were cut after {MOST_EVAL_STEPS:,} steps; register it with a time "
-              "limit (max_episode_steps)", flush=True)  # fmt: skip
+        print(f"{env_id}: {playing.sum()} episodes cut after {MOST_EVAL_STEPS:,} steps; give it max_episode_steps")
     task.envs.close()
-    if film:
+    if args.capture_video:
         from PIL import Image  # comes with matplotlib
 
         first, *rest = [Image.fromarray(picture) for picture in pictures]
         with replacing(film) as temporary:
             first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=100, loop=0)
-    error = returns.std() / args.eval_episodes**0.5 if args.eval_episodes > 1 else torch.tensor(math.nan)
+    error = returns.std(correction=min(1, len(returns) - 1)) / len(returns) ** 0.5
     return {"return": returns.mean().item(), "error": error.item(), "terminated": ended.float().mean().item()}
 
 
@@ -385,8 +375,13 @@ class PolicyNet(nn.Module):
 
     def __init__(self, shapes: list[tuple[int, ...]], actions: list[int], widths: tuple[int, ...], view: str):
         super().__init__()
+        self.made_with = {"shapes": shapes, "actions": actions, "widths": widths, "view": view}
         self.conv, self.view = len(shapes) == 1 and len(shapes[0]) == 2, view
-        inputs = [input_shape(shape, view) for shape in shapes]
+        inputs = []
+        for shape in shapes:
+            if len(shape) == 2:  # planes; player_view leaves out a row or a column where there is an even number
+                shape = (4, *((side - 1) // 2 * 2 + 1 if view == "player" else side for side in shape))
+            inputs.append(shape)
         self.width = max(math.prod(shape) for shape in inputs)
         if self.conv:
             (planes, height, width), (c1, c2, dense) = inputs[0], widths
@@ -402,13 +397,13 @@ class PolicyNet(nn.Module):
             self.trunk = nn.Sequential(*layers)
         self.heads = nn.ModuleList(layer_init(nn.Linear(widths[-1], n), 0.01) for n in actions)
         self.critics = nn.ModuleList(layer_init(nn.Linear(widths[-1], 1), 1.0) for _ in actions)
-        self.register_buffer("mean", torch.zeros(len(shapes), self.width))  # units of the flat observations
+        self.register_buffer("mean", torch.zeros(len(shapes), self.width))  # units of flat observations
         self.register_buffer("std", torch.ones(len(shapes), self.width))
 
     def features(self, x: Tensor, task: int = 0) -> Tensor:
         """Observations (B, S) or (B, H, W) to what the heads read (B, last width)."""
         if x.dtype == torch.uint8:
-            x = cell_planes(player_view(x) if self.view == "player" else x)  # (B, 4, H-1, W-1), or (B, 4, H, W)
+            x = cell_planes(player_view(x) if self.view == "player" else x)  # (B, 4, H, W)
         if not self.conv:
             x = x.float().flatten(1)
             x = (F.pad(x, (0, self.width - x.shape[1])) - self.mean[task]) / self.std[task]
@@ -425,13 +420,6 @@ class PolicyNet(nn.Module):
         return self.heads[task](features), self.critics[task](read).squeeze(-1)
 
 
-def input_shape(shape: tuple[int, ...], view: str) -> tuple[int, ...]:
-    """What a network reads of observations: vectors (S,) as they are, boards as planes (4, H, W), or one less each."""
-    if len(shape) == 1:
-        return shape
-    return (4, shape[0] - 1, shape[1] - 1) if view == "player" else (4, *shape)
-
-
 def acting_parameters(net: PolicyNet) -> int:
     """Parameters that acting needs: all but the critic's."""
     return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("critics"))
@@ -443,68 +431,57 @@ def student_widths(shapes: list[tuple[int, ...]], actions: list[int], most: int,
     Vectors: the teacher's times f. Boards: f for the convolutions, f² for the dense layer, which holds nearly all
     parameters (in Rusu et al.'s students too, the convolutions shrink less).
     """
-    boards = len(shapes) == 1 and len(shapes[0]) == 2
-
-    def count(widths: tuple[int, ...]) -> int:
-        with torch.device("meta"):
-            return acting_parameters(PolicyNet(shapes, actions, widths, view))
-
     candidates = []
-    for factor in np.geomspace(0.01, 64, 2000):  # each 0.4 % above the last
-        factors = (factor, factor, factor**2) if boards else (factor, factor)
-        base = BOARD_WIDTHS if boards else VECTOR_WIDTHS
-        candidates.append(tuple(max(1, round(f * width)) for f, width in zip(factors, base, strict=True)))
-    if count(candidates[0]) > most:
+    for f in np.geomspace(0.01, 64, 2000):  # each 0.4 % above the last
+        base, factors = VECTOR_WIDTHS, (f, f)
+        if len(shapes) == 1 and len(shapes[0]) == 2:
+            base, factors = BOARD_WIDTHS, (f, f, f**2)
+        candidates.append(tuple(max(1, round(factor * width)) for factor, width in zip(factors, base, strict=True)))
+    with torch.device("meta"):
+        count = lambda widths: acting_parameters(PolicyNet(shapes, actions, widths, view))  # noqa: E731
+        best = bisect.bisect_right(candidates, most, key=count) - 1
+    if best < 0:
         sys.exit(f"even a student with one unit a layer has over {most} parameters: raise --student-scale")
-    return candidates[bisect.bisect_right(candidates, most, key=count) - 1]
+    return candidates[best]
 
 
-# ---------------------------------------------------------------------------------------------------------- teachers
+def saved_net(net: PolicyNet) -> dict[str, Any]:
+    return {**net.made_with, "weights": net.state_dict()}
+
+
+def make_net(saved: dict[str, Any], device: torch.device) -> PolicyNet:
+    net = PolicyNet(*(saved[name] for name in ("shapes", "actions", "widths", "view"))).to(device)
+    net.load_state_dict(saved["weights"], strict=False)  # a DQN has no critic
+    return net
 
 
 def read_teachers(path: str, args: Args, device: torch.device) -> dict[str, dict[str, Any]]:
     """The teachers of a file, by environment: policies of this script, or run 0 of dyna_dqn.py's Q-networks."""
     saved = load_checkpoint(path, device)
-    if "teachers" in saved:
-        teachers = saved["teachers"]
-    elif "q_net.mean" in saved.get("networks", {}):
-        teachers = {saved["args"]["env_id"]: q_network(saved["args"], saved["networks"])}
-    else:
-        sys.exit(f"{path} holds no teacher: give an agent.pt of distillation.py, or of dyna_dqn.py")
-    for name, value in teachers.get("Sokoban-v0", {}).get("levels", {}).items():
-        if value != getattr(args, name):
-            sys.exit(f"the teacher of {path} was trained with --{name.replace('_', '-')} {value}: give that flag too")
+    teachers = saved.get("teachers", {})
+    if "q_net.mean" in saved.get("networks", {}):
+        teachers = {saved["args"]["env_id"]: q_network(saved["args"]["hidden"], saved["networks"])}
+    if not teachers or any("shapes" not in teacher for teacher in teachers.values()):
+        sys.exit(f"{path} holds no teacher: give an agent.pt of distillation.py or of dyna_dqn.py")
+    if "Sokoban-v0" in teachers:
+        for name in ("size", "num_boxes"):
+            if (value := saved["args"][name]) != getattr(args, name):
+                sys.exit(f"the teacher of {path} learned with --{name.replace('_', '-')} {value}: give that flag, too")
     return teachers
 
 
-def q_network(args: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-    """dyna_dqn.py's first Q-network of several side by side, its weights (in, out), as one of a PolicyNet."""
-    network = {"mean": weights["q_net.mean"][0], "std": weights["q_net.std"][0]}  # (1, S)
-    layers = len(args["hidden"])
-    for i in range(layers + 1):
-        name = f"trunk.{2 * i}" if i < layers else "heads.0"
-        network[f"{name}.weight"] = weights[f"q_net.weights.{i}"][0].T
-        network[f"{name}.bias"] = weights[f"q_net.biases.{i}"][0, 0]
-    levels = {name: args[name] for name in ("size", "num_boxes")}
-    return {"kind": "dqn", "widths": args["hidden"], "view": "board", "network": network, "levels": levels}
+def q_network(hidden: tuple[int, ...], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """dyna_dqn.py's first Q-network of several side by side, as a PolicyNet: its weights are (in, out), boards flat."""
+    net = {"mean": weights["q_net.mean"][0], "std": weights["q_net.std"][0]}  # (1, S)
+    for i in range(len(hidden) + 1):
+        layer = f"trunk.{2 * i}" if i < len(hidden) else "heads.0"
+        net[f"{layer}.weight"] = weights[f"q_net.weights.{i}"][0].T
+        net[f"{layer}.bias"] = weights[f"q_net.biases.{i}"][0, 0]
+    shapes, actions = [tuple(net["mean"].shape[1:])], [len(net["heads.0.bias"])]
+    return {"kind": "dqn", "shapes": shapes, "actions": actions, "widths": hidden, "view": "board", "weights": net}
 
 
-def make_teacher(entry: dict[str, Any], task: Task) -> PolicyNet:
-    """The network of a file's entry; a DQN reads boards flat."""
-    shape = task.shape if entry["kind"] == "actor-critic" else entry["network"]["mean"].shape[1:]
-    net = PolicyNet([shape], [task.num_actions], tuple(entry["widths"]), entry["view"]).to(task.device)
-    load_weights(net, entry["network"])
-    return net
-
-
-def load_weights(net: PolicyNet, weights: dict[str, Tensor]) -> None:
-    """Load a file's weights; a DQN has no critic, and acting needs none."""
-    try:
-        missing = net.load_state_dict(weights, strict=False).missing_keys
-    except RuntimeError as e:
-        sys.exit(f"the network was made with other sizes than these flags: {str(e).splitlines()[1].strip()}")
-    if not all(name.startswith("critics") for name in missing):
-        sys.exit(f"the network was made with other layers than these flags: it has no {missing[0]}")
+# ---------------------------------------------------------------------------------------------------------- teachers
 
 
 class Rollout(NamedTuple):
@@ -533,106 +510,74 @@ def act(
         x = next_x
     columns = zip(*steps, strict=True)
     observations, logits, values, actions, rewards, terminated, truncated, true_next = map(torch.stack, columns)
-    next_values = true_next_values(net, i, values, x, true_next, truncated)
-    done = terminated | truncated
-    return Rollout(observations, logits, values, next_values, actions, rewards, terminated, done), x
+    with torch.no_grad():  # V(s_{t+1}) is known where an episode goes on, and of no use where it terminated
+        next_values = torch.cat([values[1:], net.with_value(x, i)[1][None]])
+        if truncated.any():
+            next_values[truncated] = net.with_value(true_next[truncated], i)[1]
+    return Rollout(observations, logits, values, next_values, actions, rewards, terminated, terminated | truncated), x
 
 
-@torch.no_grad()
-def true_next_values(
-    net: PolicyNet, task: int, values: Tensor, last: Tensor, true_next: Tensor, truncated: Tensor
-) -> Tensor:
-    """V(s_{t+1}) of the true next states (T, B): known values where an episode goes on, new ones where it was cut."""
-    next_values = torch.cat([values[1:], net.with_value(last, task)[1][None]])
-    t, b = truncated.nonzero(as_tuple=True)
-    if len(t):
-        next_values[t, b] = net.with_value(true_next[t, b], task)[1]
-    return next_values
-
-
-def train_teacher(
-    net: PolicyNet, task: Task, args: Args, frames: int, learning_rate: float, gamma: float, rng: torch.Generator,
-    logger: Logger, first_step: int,
-) -> int:  # fmt: skip
-    """Advantage actor-critic with n-step returns; `net` learns in place. Returns the frames with those before."""
+def train_teacher(net: PolicyNet, task: Task, args: Args, rng: torch.Generator, logger: Logger) -> None:
+    """Advantage actor-critic with n-step returns; `net` learns in place."""
     x = task.reset(1000 * args.seed)
-    optimizer = torch.optim.Adam(net.parameters(), learning_rate, eps=1e-5)
-    iterations = math.ceil(frames / (args.num_envs * args.num_steps))
-    running = torch.zeros(2, args.num_envs, device=task.device)  # return and length of the episodes under way
-    episodes, losses = torch.zeros(3, device=task.device), torch.zeros(3, device=task.device)  # since the last row
-    start, row = time.time(), 0
+    optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, eps=1e-5)
+    B, frames = args.num_envs, args.num_envs * args.num_steps
+    iterations, start, last = math.ceil(args.teacher_timesteps / frames), time.time(), 0
+    running = torch.zeros(B, device=task.device)  # returns of the episodes under way
+    episodes, losses = torch.zeros(2, device=task.device), torch.zeros(3, device=task.device)  # since the last row
     for iteration in tqdm(range(1, iterations + 1), desc="teacher", disable=not sys.stderr.isatty()):
         rollout, x = act(net, 0, task, x, args.num_steps, rng)
-        rewards, done = rollout.rewards, rollout.done
         advantages = generalized_advantages(
-            args.reward_scale * rewards, rollout.values.detach(), rollout.next_values, rollout.terminated, done, gamma,
-            1.0,
+            args.reward_scale * rollout.rewards, rollout.values.detach(), rollout.next_values, rollout.terminated,
+            rollout.done, args.gamma, 1.0,
         )  # fmt: skip
-        policy_loss, value_loss, entropy = actor_critic_losses(
-            rollout.logits, rollout.values, rollout.actions, advantages
-        )
+        logits, values = rollout.logits, rollout.values
+        policy_loss, value_loss, entropy = actor_critic_losses(logits, values, rollout.actions, advantages)
         optimizer.zero_grad(set_to_none=True)
         (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).backward()
         nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
         optimizer.step()
 
         losses += torch.stack([policy_loss, value_loss, entropy]).detach()
-        for reward, end in zip(rewards, done, strict=True):
-            running += torch.stack([reward, torch.ones_like(reward)])
-            episodes += torch.stack([*(running * end).sum(1), end.sum()])
-            running *= ~end
+        for reward, done in zip(rollout.rewards, rollout.done, strict=True):
+            running += reward
+            episodes += torch.stack([(running * done).sum(), done.sum()])
+            running *= ~done
         if 20 * iteration // iterations > 20 * (iteration - 1) // iterations:
-            step = iteration * args.num_envs * args.num_steps
-            metrics = {"charts/SPS": step / (time.time() - start)}
-            total_return, total_length, number = episodes.tolist()
-            if number:
-                metrics |= {"charts/episodic_return": total_return / number}
-                metrics |= {"charts/episodic_length": total_length / number}
-            means = (losses / (iteration - row)).tolist()
-            names = ("policy_loss", "value_loss", "entropy")
-            metrics |= {f"losses/{name}": mean for name, mean in zip(names, means, strict=True)}
-            logger.log(first_step + step, metrics)
+            names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
+            metrics = dict(zip(names, (losses / (iteration - last)).tolist(), strict=True))
+            metrics["charts/SPS"] = iteration * frames / (time.time() - start)
+            if episodes[1]:
+                metrics["charts/episodic_return"] = (episodes[0] / episodes[1]).item()
+            logger.log(iteration * frames, metrics)
+            last = iteration
             episodes.zero_()
             losses.zero_()
-            row = iteration
-    return first_step + iterations * args.num_envs * args.num_steps
 
 
 # ------------------------------------------------------------------------------------------------------- distillation
 
 
-class StateBuffer:
-    """The states (N, ...) of a task, and its teacher's outputs (N, A) there."""
-
-    def __init__(self, states: Tensor, outputs: Tensor) -> None:
-        self.states, self.outputs = states, outputs
-
-    def draw(self, num: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`num` of them, uniformly over the whole buffer."""
-        index = torch.randint(len(self.states), (num,), generator=rng, device=self.states.device)
-        return self.states[index], self.outputs[index]
-
-
 @torch.no_grad()
-def visited_states(
+def fill_buffer(
     task: Task, teacher: Any, num: int, epsilon: float, greedy: bool, seed: int, rng: torch.Generator
-) -> Tensor:
-    """About `num` states (N, ...) that the teacher visits, acting at random with probability ε."""
-    x, states = task.reset(seed), []
-    for _ in range(math.ceil(num / task.num_envs)):
-        states.append(x)
+) -> tuple[Tensor, Tensor]:
+    """About `num` states (N, ...) where the teacher goes, acting at random with probability ε; its outputs (N, A)."""
+    x, states, outputs = task.reset(seed), [], []
+    for _ in range(math.ceil(num / len(x))):
         out = teacher(x)
+        states.append(x)
+        outputs.append(out)
         action = out.argmax(-1) if greedy else sample(out, rng)
         explore = torch.rand(action.shape, generator=rng, device=x.device) < epsilon
         random_action = torch.randint(task.num_actions, action.shape, generator=rng, device=x.device)
         x, *_ = task.step(torch.where(explore, random_action, action))
-    return torch.cat(states)
+    return torch.cat(states), torch.cat(outputs)
 
 
 def distillation_losses(student: Tensor, teacher: Tensor, loss: str, direction: str, temperature: float) -> Tensor:
-    """Losses (...,) of outputs (..., A): logits, or Q-values q. Only the student's have a gradient.
+    """Rusu et al.'s losses (...,) of outputs (..., A): logits, or Q-values q. Only the student's have a gradient.
 
-    Three are Rusu et al.'s. The cross-entropies are Czarnecki et al.'s: H×(π‖π̂), and `reverse` H×(π̂‖π).
     The temperature τ sharpens the teacher, π = softmax(q / τ); the student has none: π̂ = softmax(its outputs).
     """
     teacher = teacher.detach()
@@ -641,10 +586,9 @@ def distillation_losses(student: Tensor, teacher: Tensor, loss: str, direction: 
         return ((teacher - student) ** 2).sum(-1)  # ‖q - q̂‖²
     if loss == "nll":
         return -log_pi_hat.gather(-1, teacher.argmax(-1, keepdim=True)).squeeze(-1)  # -log π̂(argmax_a q)
-    first, second = (log_pi_hat, log_pi) if direction == "reverse" else (log_pi, log_pi_hat)
-    if loss == "cross-entropy":
-        return -(first.exp() * second).sum(-1)  # H×(π‖π̂)
-    return (first.exp() * (first - second)).sum(-1)  # D_KL(π‖π̂)
+    if direction == "reverse":
+        return (log_pi_hat.exp() * (log_pi_hat - log_pi)).sum(-1)  # D_KL(π̂‖π)
+    return (log_pi.exp() * (log_pi - log_pi_hat)).sum(-1)  # D_KL(π‖π̂)
 
 
 def corrected_loss(losses: Tensor, rollout: Rollout, gamma: float) -> tuple[Tensor, Tensor]:
@@ -664,34 +608,47 @@ def corrected_loss(losses: Tensor, rollout: Rollout, gamma: float) -> tuple[Tens
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
+def evaluate(args: Args, state: dict[str, Any], folder: pathlib.Path, device: torch.device) -> list[dict[str, float]]:
+    """Play every teacher and student of a run; a row for each student and task. The score: 0 random play, 1 teacher."""
+    rows = []
+    teachers = [make_net(state["teachers"][env_id], device) for env_id in args.env_ids]
+    total = sum(map(acting_parameters, teachers))
+    for i, env_id in enumerate(args.env_ids):
+        greedy = state["teachers"][env_id]["kind"] == "dqn"
+        play = functools.partial(play_episodes, args, env_id, greedy=greedy, device=device)
+        policies = {"random": None, "teacher": teachers[i]}
+        played = {who: play(policy, film=folder / f"{env_id}_{who}.gif") for who, policy in policies.items()}
+        for scale, saved in state["students"].items():
+            student = make_net(saved, device)
+            film = folder / f"{env_id}_student_{scale}.gif"
+            played["student"] = play(functools.partial(student, task=i), film=film)
+            low, high, own = (played[who]["return"] for who in ("random", "teacher", "student"))
+            row = {"charts/task": i, "charts/student_scale": float(scale), "charts/teacher_parameters": total}
+            row["charts/student_parameters"] = acting_parameters(student)
+            row["eval/score"] = (own - low) / (high - low) if high != low else math.nan
+            row |= {f"eval/{who}_{k}": value for who, result in played.items() for k, value in result.items()}
+            rows.append(row)
+            print(
+                f"{env_id}, student of {scale}: random {low:.4g}, teacher {high:.4g}, student {own:.4g} ± "
+                f"{1.96 * played['student']['error']:.2g}, score {row['eval/score']:.3f}", flush=True,
+            )  # fmt: skip
+    return rows
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line, over the flags of the file to evaluate."""
-    given = tyro.cli(Args, args=argv)
-    return tyro.cli(Args, args=argv, default=saved_args(given.evaluate)) if given.evaluate else given
-
-
-def check_distillation(args: Args) -> None:
-    """Refuse flags that would fail late, or go wrong without a word."""
-    least = {
-        "seed": 0, "num_envs": 1, "num_steps": 1, "buffer_size": 1, "distill_steps": 1, "batch_size": 1,
-        "eval_episodes": 1, "log_frequency": 1, "epsilon": 0, "gamma": 0, "teacher_timesteps": 1,
-    }  # fmt: skip
-    most = {"seed": 4_000_000, "epsilon": 1, "gamma": 1}
-    for name, low in least.items():
-        value, high = getattr(args, name), most.get(name, math.inf)
-        if value is not None and not low <= value <= high:
-            sys.exit(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+    """The command line, over the flags of the file to evaluate; refuses what would go wrong without a word."""
+    args = tyro.cli(Args, args=argv)
+    if args.evaluate:
+        args = tyro.cli(Args, args=argv, default=saved_args(args.evaluate))
     if not args.env_ids or len(set(args.env_ids)) < len(args.env_ids):
         sys.exit(f"--env-ids {' '.join(args.env_ids)}: give one or more, each once")
-    if args.temperature is not None and not args.temperature > 0:
+    if args.temperature is not None and args.temperature <= 0:
         sys.exit(f"--temperature {args.temperature}: must be above 0")
     if args.correction and args.states != "student":
         sys.exit("--correction needs --states student: it is about the states that the student comes to")
-    if "Sokoban-v0" in args.env_ids:
-        try:
-            unseen_levels(args.eval_episodes, args.size, args.num_boxes)
-        except ValueError as e:
-            sys.exit(str(e))
+    if min(args.num_envs, args.num_steps, args.buffer_size, args.distill_steps, args.batch_size) < 1:
+        sys.exit("--num-envs, --num-steps, --buffer-size, --distill-steps and --batch-size must be 1 or more")
+    return args
 
 
 def stage_rng(args: Args, number: int, device: torch.device) -> torch.Generator:
@@ -700,151 +657,108 @@ def stage_rng(args: Args, number: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(1000 * args.seed + number)
 
 
-def setting(args: Args, name: str, env_id: str) -> Any:
-    """A flag's value, or what its None stands for in this environment."""
-    value = getattr(args, name)
-    return (SOKOBAN if env_id == "Sokoban-v0" else OTHERS)[name] if value is None else value
-
-
-def main(args: Args) -> list[dict[str, Any]]:
+def main(args: Args) -> list[dict[str, float]]:
     """Train or load the teachers, distil the students, evaluate; returns a row for each student and task."""
-    check_distillation(args)
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    env_ids, known = args.env_ids, {}
-    for path in (args.evaluate,) if args.evaluate else args.teacher_path:
+    env_ids, files, known = args.env_ids, (args.evaluate,) if args.evaluate else args.teacher_path, {}
+    for path in files:
         known |= read_teachers(path, args, device)
-    if (args.evaluate or args.teacher_path) and (missing := [env_id for env_id in env_ids if env_id not in known]):
-        sys.exit(f"no file of {' '.join(args.teacher_path)} has a teacher for {', '.join(missing)}")
+    if files and (missing := [env_id for env_id in env_ids if env_id not in known]):
+        sys.exit(f"{' '.join(files)}: no teacher for {', '.join(missing)} there")
+    if args.evaluate:
+        return evaluate(args, load_checkpoint(args.evaluate, device), pathlib.Path(args.evaluate).parent, device)
     greedy = [env_id in known and known[env_id]["kind"] == "dqn" for env_id in env_ids]
     if args.loss == "mse" and not all(greedy):
-        sys.exit("--loss mse compares Q-values: give --teacher-path the agent.pt of a dyna_dqn.py for each task")
+        sys.exit("--loss mse compares Q-values: give --teacher-path a file of dyna_dqn.py for each task")
     temperatures = [args.temperature or (0.01 if q_values else 1.0) for q_values in greedy]
     tasks = [Task(args, env_id, args.num_envs, device) for env_id in env_ids]
     shapes, actions = [task.shape for task in tasks], [task.num_actions for task in tasks]
-    logger, folder, students = None, pathlib.Path(args.evaluate or "").parent, {}
-    if args.evaluate:
-        students = load_checkpoint(args.evaluate, device)["students"]
-    else:
-        logger = Logger(args, new_run(f"{'+'.join(env_ids)}__{args.exp_name}__{args.seed}"))
-        folder = logger.path.parent
-    state = {"args": asdict(args), "teachers": {}, "students": students}
-    step = 0  # frames of teachers, then updates of students
+    logger = Logger(args, new_run(f"{'+'.join(env_ids)}__{args.exp_name}__{args.seed}"))
+    path = logger.path.with_name("agent.pt")
+    state: dict[str, Any] = {"args": asdict(args), "teachers": {}, "students": {}}
 
-    # ---- 1. The teachers, one a task; what they and random play are worth
-    teachers, scores = [], []
+    # ---- 1. The teachers, one a task
+    teachers = []
     for i, (env_id, task) in enumerate(zip(env_ids, tasks, strict=True)):
         rng = stage_rng(args, i, device)
-        scores.append({"random": play_episodes(args, env_id, None, greedy[i], device)})
-        if env_id in known:
-            state["teachers"][env_id] = known[env_id]
-            teachers.append(make_teacher(known[env_id], task))
-        else:
+        if env_id not in known:
             widths = BOARD_WIDTHS if len(task.shape) == 2 else VECTOR_WIDTHS
-            teachers.append(PolicyNet([task.shape], [task.num_actions], widths, args.view).to(device))
-            frames, learning_rate, gamma = (setting(args, name, env_id) for name in SOKOBAN)
-            step = train_teacher(teachers[i], task, args, frames, learning_rate, gamma, rng, logger, step)
-            levels = {name: getattr(args, name) for name in ("size", "num_boxes", "max_episode_steps")}
-            entry = {"kind": "actor-critic", "widths": list(widths), "view": args.view, "levels": levels}
-            state["teachers"][env_id] = entry | {"network": teachers[i].state_dict()}
-        if args.save_model and not args.evaluate:
-            save_checkpoint(folder / "agent.pt", state)
-        film = folder / f"{env_id}_teacher.gif" if args.capture_video else None
-        scores[i]["teacher"] = play_episodes(args, env_id, teachers[i], greedy[i], device, film)
+            teacher = PolicyNet([task.shape], [task.num_actions], widths, args.view).to(device)
+            train_teacher(teacher, task, args, rng, logger)
+            known[env_id] = {"kind": "actor-critic"} | saved_net(teacher)
+        state["teachers"][env_id] = known[env_id]
+        teachers.append(make_net(known[env_id], device))
+        if args.save_model:
+            save_checkpoint(path, state)
 
     # ---- 2. A buffer for each task: what its teacher says where it goes
     buffers = []
     for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
-        if args.states == "teacher" and not args.evaluate:
-            rng = stage_rng(args, 100 + i, device)
-            x = visited_states(task, teacher, args.buffer_size, args.epsilon, greedy[i], 1000 * args.seed + 600, rng)
-            with torch.no_grad():
-                buffers.append(StateBuffer(x, torch.cat([teacher(part) for part in x.split(4096)])))
+        if args.states == "teacher":
+            rng, seed = stage_rng(args, 100 + i, device), 1000 * args.seed + 600
+            buffers.append(fill_buffer(task, teacher, args.buffer_size, args.epsilon, greedy[i], seed, rng))
 
     # ---- 3. The students, one for each scale: each of them for all tasks
     total = sum(map(acting_parameters, teachers))
-    rows: list[dict[str, Any]] = []
-    for number, scale in enumerate(map(float, students) if args.evaluate else args.student_scale):
-        rng, name = stage_rng(args, 200 + number, device), f"{scale:g}"
-        saved = students.get(name) if args.evaluate else None
-        widths = tuple(saved["widths"]) if saved else student_widths(shapes, actions, int(scale * total), args.view)
+    for number, scale in enumerate(args.student_scale):
+        rng = stage_rng(args, 200 + number, device)
+        widths = student_widths(shapes, actions, int(scale * total), args.view)
         student = PolicyNet(shapes, actions, widths, args.view).to(device)
+        for i, teacher in enumerate(teachers):
+            if len(shapes[i]) == 1:  # the student reads vectors in its teacher's units
+                student.mean[i, : teacher.width], student.std[i, : teacher.width] = teacher.mean[0], teacher.std[0]
         size = acting_parameters(student)
         print(f"student {scale:g}: {size:,} of the teachers' {total:,} parameters, widths {widths}", flush=True)
-        if saved:
-            load_weights(student, saved["network"])
-        else:
-            for i, teacher in enumerate(teachers):  # the student reads vectors in its teacher's units
-                if len(shapes[i]) == 1:
-                    student.mean[i, : teacher.width], student.std[i, : teacher.width] = teacher.mean[0], teacher.std[0]
-            optimizer = torch.optim.Adam(student.parameters(), args.distill_learning_rate, fused=True)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / args.distill_steps)
-            observations = [task.reset(1000 * args.seed + 700) for task in tasks]
-            sums, row, start = torch.zeros(2, device=device), 0, time.time()
-            updates = range(1, args.distill_steps + 1)
-            for update in tqdm(updates, desc=f"student {scale:g}", disable=not sys.stderr.isatty()):
-                loss = torch.zeros(2, device=device)  # of distillation and of the student's critic, means over tasks
-                for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
-                    if args.states == "teacher":
-                        x, target = buffers[i].draw(args.batch_size, rng)
-                        logits = student(x, i)  # (B, A)
-                    else:  # the student acts, and learns where it comes to; its trunk is the policy's alone
-                        rollout, observations[i] = act(
-                            student, i, task, observations[i], args.num_steps, rng, apart=True
-                        )
-                        logits = rollout.logits  # (T, B, A)
-                        with torch.no_grad():
-                            target = teacher(rollout.observations.flatten(0, 1)).view_as(logits)
-                    losses = distillation_losses(logits, target, args.loss, args.kl_direction, temperatures[i])
-                    distill_loss, value_loss = losses.mean(), torch.zeros_like(loss[0])
-                    if args.correction:
-                        gamma = setting(args, "gamma", env_ids[i])
-                        distill_loss, value_loss = corrected_loss(losses, rollout, gamma)
-                    loss = loss + torch.stack([distill_loss, value_loss]) / len(tasks)
-                optimizer.zero_grad(set_to_none=True)
-                (loss[0] + args.vf_coef * loss[1]).backward()
-                if args.correction:  # a policy gradient, as the teacher's
-                    nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                sums += loss.detach()
-                if update % args.log_frequency == 0 or update == args.distill_steps:
-                    means = (sums / (update - row)).tolist()
-                    if not all(map(math.isfinite, means)):
-                        sys.exit(f"the student's loss is {means[0]} at update {update}: lower --distill-learning-rate")
-                    metrics = {"charts/student_scale": scale, "losses/distillation": means[0]}
-                    if args.correction:
-                        metrics["losses/student_value"] = means[1]
-                    metrics["charts/updates_per_second"] = update / (time.time() - start)
-                    logger.log(step + update, metrics)
-                    sums.zero_()
-                    row = update
-            step += args.distill_steps
-            students[name] = {"widths": list(widths), "network": student.state_dict()}
-            if args.save_model:
-                save_checkpoint(folder / "agent.pt", state)
-
-        # ---- 4. Evaluate: the score is 0 for random play, 1 for the teacher
-        for i, env_id in enumerate(env_ids):
-            film = folder / f"{env_id}_student_{scale:g}.gif" if args.capture_video else None
-            policy = functools.partial(student, task=i)
-            played = scores[i] | {"student": play_episodes(args, env_id, policy, greedy[i], device, film)}
-            low, high, own = (played[who]["return"] for who in ("random", "teacher", "student"))
-            score = (own - low) / (high - low) if high != low else math.nan
-            metrics = {"charts/task": i, "charts/student_scale": scale, "charts/student_parameters": size}
-            metrics |= {"charts/teacher_parameters": total, "eval/score": score}
-            metrics |= {f"eval/{who}_{k}": value for who, result in played.items() for k, value in result.items()}
-            rows.append({"env_id": env_id, **metrics})
-            print(
-                f"{env_id}: random {low:.4g}, teacher {high:.4g}, student {own:.4g} ± "
-                f"{1.96 * played['student']['error']:.2g}, score {score:.3f}", flush=True,
-            )  # fmt: skip
-            if logger:
-                logger.log(step, metrics)
-    if logger:
+        optimizer = torch.optim.Adam(student.parameters(), args.distill_learning_rate, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / args.distill_steps)
+        observations = [task.reset(1000 * args.seed + 700) for task in tasks]
+        sums, last, start = torch.zeros(2, device=device), 0, time.time()
+        for update in tqdm(range(1, args.distill_steps + 1), desc="student", disable=not sys.stderr.isatty()):
+            loss = torch.zeros(2, device=device)  # of distillation, and of the student's critic: means over the tasks
+            for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
+                if args.states == "teacher":
+                    index = torch.randint(len(buffers[i][0]), (args.batch_size,), generator=rng, device=device)
+                    x, target = (column[index] for column in buffers[i])
+                    logits = student(x, i)  # (B, A)
+                else:  # the student acts, and learns where it comes to; its trunk is the policy's alone
+                    rollout, observations[i] = act(student, i, task, observations[i], args.num_steps, rng, apart=True)
+                    logits = rollout.logits  # (T, B, A)
+                    with torch.no_grad():
+                        target = teacher(rollout.observations.flatten(0, 1)).view_as(logits)
+                losses = distillation_losses(logits, target, args.loss, args.kl_direction, temperatures[i])
+                distill_loss, value_loss = losses.mean(), torch.zeros_like(loss[0])
+                if args.correction:
+                    distill_loss, value_loss = corrected_loss(losses, rollout, args.gamma)
+                loss = loss + torch.stack([distill_loss, value_loss]) / len(tasks)
+            optimizer.zero_grad(set_to_none=True)
+            (loss[0] + args.vf_coef * loss[1]).backward()
+            if args.states == "student":
+                nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            sums += loss.detach()
+            if update % args.log_frequency == 0 or update == args.distill_steps:
+                distill_loss, value_loss = (sums / (update - last)).tolist()
+                if not math.isfinite(distill_loss):
+                    sys.exit(f"the student's loss is {distill_loss} at update {update}: lower --distill-learning-rate")
+                metrics = {"charts/student_scale": scale, "losses/distillation": distill_loss}
+                metrics |= {"losses/student_value": value_loss} if args.correction else {}
+                metrics["charts/updates_per_second"] = update / (time.time() - start)
+                logger.log(update, metrics)
+                last = update
+                sums.zero_()
+        state["students"][f"{scale:g}"] = saved_net(student)
         if args.save_model:
-            print(f"to see them play: python distillation.py --evaluate {folder / 'agent.pt'} --capture-video")
-        logger.close()
+            save_checkpoint(path, state)
+
+    # ---- 4. Evaluate
+    rows = evaluate(args, state, path.parent, device)
+    for row in rows:
+        logger.log(args.distill_steps, row)
+    if args.save_model:
+        print(f"to see them play: python distillation.py --evaluate {path} --capture-video")
+    logger.close()
     return rows
 
 
