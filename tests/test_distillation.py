@@ -401,14 +401,20 @@ def watch(monkeypatch, name: str, change=None) -> list:
 
 
 def watch_optimizers(monkeypatch) -> list:
-    """(optimizer, parameters, their gradients, learning rate) at each step."""
+    """(parameters, learning rate) of each step."""
     steps = []
 
     class Adam(torch.optim.Adam):
+        cleared = False
+
+        def zero_grad(self, set_to_none=True):
+            self.cleared = True
+            super().zero_grad(set_to_none)
+
         def step(self, closure=None):
-            (group,) = self.param_groups
-            gradients = [None if p.grad is None else p.grad.clone() for p in group["params"]]
-            steps.append((self, group["params"], gradients, group["lr"]))
+            assert self.cleared  # no gradient of an earlier update is left
+            self.cleared = False
+            steps.append((self.param_groups[0]["params"], self.param_groups[0]["lr"]))
             return super().step(closure)
 
     monkeypatch.setattr(torch.optim, "Adam", Adam)
@@ -435,7 +441,7 @@ def test_the_teachers_loop(monkeypatch, truncates):
     logger = type("Log", (), {"log": lambda self, step, metrics: logged.append((step, metrics))})()
     distillation.train_teacher(net, task, args, torch.Generator().manual_seed(1), logger)
     assert len(losses) == len(advantages) == len(steps) == 40 and clipped == [0.7] * 40  # 237 frames, 6 an update
-    assert {lr for *_, lr in steps} == {0.004} and {id(p) for p in steps[0][1]} == {id(p) for p in net.parameters()}
+    assert {lr for _, lr in steps} == {0.004} and {id(p) for p in steps[0][0]} == {id(p) for p in net.parameters()}
     assert [x.grad.item() for x in (policy_loss, value_loss, entropy)] == pytest.approx([40, 12, -0.8])  # 40 times
     for t, ((rewards, values, next_values, terminated, done, gamma, lam), result) in enumerate(advantages):
         (logits, with_graph, actions, used), _ = losses[t]
@@ -484,9 +490,9 @@ def test_the_students_loop_on_the_teachers_states(monkeypatch):
     share = len(drawn) / 50
     assert len(counts) == 50 and 25 < ((counts - share) ** 2 / share).sum() < 85  # 49 degrees of freedom
     torch.testing.assert_close(leaf.grad, torch.full((256,), 12 / 256))  # the mean over batch and tasks, 12 times
-    updates = [step for step in steps if step[1][0] is next(student.parameters())]
-    assert [lr for *_, lr in updates] == pytest.approx([0.02 * (1 - k / 12) for k in range(12)])
-    assert steps[-12:] == updates and len(updates[0][1]) == len(list(student.parameters()))
+    updates = [step for step in steps if step[0][0] is next(student.parameters())]
+    assert [lr for _, lr in updates] == pytest.approx([0.02 * (1 - k / 12) for k in range(12)])
+    assert steps[-12:] == updates and len(updates[0][0]) == len(list(student.parameters()))
     rows = [(step, row["losses/distillation"]) for step, row in logged if "losses/distillation" in row]
     assert rows == [(9, 1.0), (12, 1.0)]
 
