@@ -402,7 +402,7 @@ class PolicyNet(nn.Module):
 
     def features(self, x: Tensor, task: int = 0) -> Tensor:
         """Observations (B, S) or (B, H, W) to what the heads read (B, last width)."""
-        if x.dtype == torch.uint8:
+        if x.ndim == 3:
             x = cell_planes(player_view(x) if self.view == "player" else x)  # (B, 4, H, W)
         if not self.conv:
             x = x.float().flatten(1)

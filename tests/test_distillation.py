@@ -278,6 +278,10 @@ def test_a_rollout_holds_values_of_true_next_states(truncates):
     torch.testing.assert_close(rollout.logits, net(states.flatten(0, 1)).view(7, 2, 3))
     torch.testing.assert_close(rollout.rewards, rollout.actions.float())
     torch.testing.assert_close(x[:, 0], torch.full((2,), 0.2))  # two steps into the second episode
+    for apart in (True, False):  # the critic's gradient stops at its head, or goes on to the trunk
+        net.zero_grad()
+        distillation.act(net, 0, task, x, 2, torch.Generator(), apart)[0].values.sum().backward()
+        assert (net.trunk[0].weight.grad is None) == apart and net.critics[0].weight.grad.any()
 
 
 def always(action: int):
@@ -355,16 +359,6 @@ def test_tasks_share_the_trunk_and_nothing_else():
         assert net.trunk[0].weight.grad.abs().sum() > 0
     padded = torch.nn.functional.pad((inputs[1] - 2) / 4, (0, 190))
     torch.testing.assert_close(net(inputs[1], 1), net.heads[1](net.trunk(padded)))
-
-
-def test_a_critic_apart_moves_its_head_only():
-    net = PolicyNet([(7, 7)], [5], (4, 4, 8), "player")
-    boards = torch.randint(7, (6, 7, 7), dtype=torch.uint8)
-    for apart in (True, False):
-        net.zero_grad()
-        net.with_value(boards, apart=apart)[1].sum().backward()
-        assert (net.trunk[0].weight.grad is None or not net.trunk[0].weight.grad.any()) == apart
-        assert net.critics[0].weight.grad.any()
 
 
 @pytest.mark.parametrize(("hidden", "shape"), [((6, 5), (2,)), ((7,), (5, 6))])
