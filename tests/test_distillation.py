@@ -1,4 +1,4 @@
-"""distillation.py: losses against closed forms and finite differences, whose states, buffers, stages, files, flags."""
+"""distillation.py: losses against closed forms and finite differences, teachers from files, both loops, flags."""
 
 import itertools
 import math
@@ -8,44 +8,48 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 
 import distillation
 from distillation import (
     Args,
     PolicyNet,
-    StateBuffer,
+    Rollout,
     Task,
     acting_parameters,
     corrected_loss,
-    cross_entropies,
     distillation_losses,
-    double_q_loss,
+    fill_buffer,
     main,
+    make_net,
+    parse_args,
     play_episodes,
     student_widths,
-    true_next_values,
-    visited_states,
 )
+from dyna_dqn import RunsMLP
 
 CPU = torch.device("cpu")
+NO_FILM = pathlib.Path("none.gif")
 SMALL = {
-    "env_ids": ("CartPole-v1",), "teacher_timesteps": 1024, "num_envs": 4, "buffer_size": 400, "distill_steps": 30,
-    "eval_episodes": 4, "log_frequency": 10, "learning_starts": 64, "student_scale": (0.25,), "dqn_updates": 1,
+    "env_ids": ("DistilRamp-v0",), "teacher_timesteps": 320, "num_envs": 4, "buffer_size": 200, "distill_steps": 12,
+    "eval_episodes": 4, "log_frequency": 6, "student_scale": (0.25,), "save_model": False,
 }  # fmt: skip
 
 
 class RampEnv(gym.Env):
-    """State (t, episode), both scaled. Ends by itself, or is truncated, after 5 steps."""
+    """State (t, episode), scaled. Ends, or is truncated, after `length` steps. Action a pays a - 2, from 2 on.
+
+    Every observation is the same array, written anew.
+    """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), dtype=np.float32)
-    action_space = gym.spaces.Discrete(3)
+    action_space = gym.spaces.Discrete(3, start=2)
 
-    def __init__(self, truncates: bool = False, render_mode: str | None = None) -> None:
-        self.truncates, self.episode = truncates, 0
+    def __init__(self, truncates: bool = False, length: float = 5, render_mode: str | None = None) -> None:
+        self.truncates, self.length, self.episode, self.array = truncates, length, 0, np.zeros(2, dtype=np.float32)
 
     def _observe(self):
-        return np.array([self.t / 10, self.episode / 100], dtype=np.float32)
+        self.array[:] = self.t / 10, self.episode / 100
+        return self.array
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -54,13 +58,20 @@ class RampEnv(gym.Env):
         return self._observe(), {}
 
     def step(self, action):
+        assert self.action_space.contains(action)
         self.t += 1
-        end = self.t == 5
-        return self._observe(), float(action), end and not self.truncates, end and self.truncates, {}
+        end = self.t == self.length
+        return self._observe(), float(action - 2), end and not self.truncates, end and self.truncates, {}
 
 
-gym.register("DistilRamp-v0", entry_point=RampEnv)
-gym.register("DistilRampTruncated-v0", entry_point=RampEnv, kwargs={"truncates": True})
+gym.register("DistilRamp-v0", entry_point=RampEnv, disable_env_checker=True)
+gym.register("DistilRampTruncated-v0", entry_point=RampEnv, disable_env_checker=True, kwargs={"truncates": True})
+gym.register("DistilForever-v0", entry_point=RampEnv, disable_env_checker=True, kwargs={"length": math.inf})
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def outputs(*probabilities: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -84,15 +95,6 @@ def test_both_divergences_against_their_closed_forms():
         assert distillation_losses(teacher + 7, teacher, "kl", direction, 1.0).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_divergences_agree_with_torchs_own():
-    torch.manual_seed(1)
-    a, b = torch.randn(50, 6), torch.randn(50, 6)
-    pi, pi_hat = (torch.distributions.Categorical(logits=x) for x in (b / 0.5, a))
-    for direction, pair in (("forward", (pi, pi_hat)), ("reverse", (pi_hat, pi))):
-        expected = torch.distributions.kl_divergence(*pair)
-        torch.testing.assert_close(distillation_losses(a, b, "kl", direction, 0.5), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_nll_and_mse_by_hand():
     student, teacher = torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([[2.0, 1.0, 1.5]])
     nll = distillation_losses(student, teacher, "nll", "forward", 0.01)
@@ -105,62 +107,37 @@ def test_the_temperature_is_the_teachers_only():
     teacher, student = torch.tensor([[0.02, 0.0]]), torch.tensor([[2.0, 0.0]])
     for direction in ("forward", "reverse"):  # 0.02 / 0.01 = 2: the same policy
         assert distillation_losses(student, teacher, "kl", direction, 0.01).item() == pytest.approx(0, abs=1e-6)
-        assert cross_entropies(student, teacher, direction, 0.01).item() == pytest.approx(
-            cross_entropies(student, student, direction, 1.0).item(), rel=1e-5
-        )
     # NLL and MSE know no temperature
     for loss in ("nll", "mse"):
         losses = [distillation_losses(student, teacher, loss, "forward", t).item() for t in (0.01, 1.0)]
         assert losses[0] == losses[1]
 
 
-def test_nll_is_the_limit_of_a_cold_teacher():
-    torch.manual_seed(1)
-    student, teacher = torch.randn(20, 4), torch.randn(20, 4)
-    cold = distillation_losses(student, teacher, "kl", "forward", 1e-3)
-    torch.testing.assert_close(cold, distillation_losses(student, teacher, "nll", "forward", 1.0), rtol=1e-3, atol=1e-4)
+LOSSES = [("kl", "forward"), ("kl", "reverse"), ("nll", "forward"), ("mse", "forward")]
 
 
-@pytest.mark.parametrize("loss", ["kl forward", "kl reverse", "nll", "mse", "ce forward", "ce reverse"])
-def test_gradients_match_finite_differences_and_the_teacher_has_none(loss):
+def slopes(value, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of value(x), by central differences."""
+    result, step = torch.zeros_like(x), 1e-5
+    for index in itertools.product(*map(range, x.shape)):
+        away = torch.zeros_like(x)
+        away[index] = step
+        with torch.no_grad():
+            result[index] = (value(x + away) - value(x - away)) / (2 * step)
+    return result
+
+
+@pytest.mark.parametrize(("loss", "direction"), LOSSES)
+def test_gradients_match_finite_differences_and_the_teacher_has_none(loss, direction):
     torch.manual_seed(1)
-    student = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    name, _, direction = loss.partition(" ")
+    student, teacher = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def value(x):
-        if name == "ce":
-            return cross_entropies(x, teacher, direction, 0.7).mean()
-        return distillation_losses(x, teacher, name, direction, 0.7).mean()
+        return distillation_losses(x, teacher, loss, direction, 0.7).mean()
 
     value(student).backward()
     assert teacher.grad is None
-    for i, j in itertools.product(range(3), range(4)):
-        step = torch.zeros_like(student)
-        step[i, j] = 1e-6
-        with torch.no_grad():
-            slope = (value(student + step) - value(student - step)) / 2e-6
-        assert slope.item() == pytest.approx(student.grad[i, j].item(), rel=1e-5, abs=1e-8)
-
-
-def test_a_step_against_the_gradient_lowers_the_loss():
-    torch.manual_seed(1)
-    teacher = torch.randn(64, 5)
-    for loss, direction in (("kl", "forward"), ("kl", "reverse"), ("nll", "forward"), ("mse", "forward")):
-        student = torch.zeros(64, 5, requires_grad=True)
-        before = distillation_losses(student, teacher, loss, direction, 1.0).mean()
-        before.backward()
-        after = distillation_losses(student - 0.5 * student.grad, teacher, loss, direction, 1.0).mean()
-        assert after < before  # a loss of the wrong sign rises
-
-
-def test_a_loss_does_not_grow_with_the_batch():
-    torch.manual_seed(1)
-    student, teacher = torch.randn(8, 4), torch.randn(8, 4)
-    for loss, direction in (("kl", "forward"), ("kl", "reverse"), ("nll", "forward"), ("mse", "forward")):
-        one = distillation_losses(student, teacher, loss, direction, 1.0)
-        many = distillation_losses(student.repeat(5, 1), teacher.repeat(5, 1), loss, direction, 1.0)
-        assert one.shape == (8,) and many.mean().item() == pytest.approx(one.mean().item(), rel=1e-6)
+    torch.testing.assert_close(student.grad, slopes(value, student.detach()), rtol=1e-5, atol=1e-8)
 
 
 def fit_gaussian(direction: str) -> tuple[float, float]:
@@ -169,8 +146,8 @@ def fit_gaussian(direction: str) -> tuple[float, float]:
     modes = torch.stack([math.log(0.45) - (points + 6) ** 2 / 2, math.log(0.55) - (points - 6) ** 2 / 2])
     teacher = modes.logsumexp(0)[None]
     mean, log_std = torch.tensor(0.5, requires_grad=True), torch.tensor(0.5, requires_grad=True)
-    optimizer = torch.optim.Adam([mean, log_std], 0.05)
-    for _ in range(800):
+    optimizer = torch.optim.Adam([mean, log_std], 0.1)
+    for _ in range(300):
         student = -((points - mean) ** 2) / (2 * log_std.exp() ** 2)
         loss = distillation_losses(student[None], teacher, "kl", direction, 1.0).mean()
         optimizer.zero_grad()
@@ -210,54 +187,32 @@ def objective(theta: torch.Tensor, loss) -> torch.Tensor:
 
 def expected_update(theta: torch.Tensor, loss, corrected: bool) -> torch.Tensor:
     """The mean gradient of what the script minimises, over the student's trajectories; three steps, so times 3."""
-    total = torch.zeros_like(theta)
+    total, zeros = torch.zeros_like(theta), torch.zeros(3, 1, dtype=torch.float64)
     ends = torch.tensor([[False], [False], [True]])
-    zeros = torch.zeros(3, 1, dtype=torch.float64)
     for states, actions, p in trajectories(theta):
         leaf = theta.detach().clone().requires_grad_()
         logits = leaf[states][:, None]  # (T, 1, A)
         losses = loss(logits, TEACHER[states][:, None])
         value = losses.mean()
         if corrected:
-            value, _ = corrected_loss(losses, logits, zeros, zeros, torch.tensor(actions)[:, None], ends, ends, 1.0)
+            rollout = Rollout(None, logits, zeros, zeros, torch.tensor(actions)[:, None], None, ends, ends)
+            value, _ = corrected_loss(losses, rollout, 1.0)
         value.backward()
         total += 3 * p.detach() * leaf.grad
     return total
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_the_correction_makes_the_update_a_gradient(direction):
-    theta = torch.tensor([[0.3, -0.2], [0.8, 0.1], [-0.4, 0.5]], dtype=torch.float64)
-
-    def loss(student, teacher):
-        return cross_entropies(student, teacher, direction, 1.0)
-
-    slopes = torch.zeros_like(theta)
-    for i, j in itertools.product(range(3), range(2)):
-        step = torch.zeros_like(theta)
-        step[i, j] = 1e-5
-        slopes[i, j] = (objective(theta + step, loss) - objective(theta - step, loss)) / 2e-5
-    torch.testing.assert_close(expected_update(theta, loss, corrected=True), slopes, rtol=1e-6, atol=1e-8)
-    assert (expected_update(theta, loss, corrected=False) - slopes).abs().max() > 0.02
+THETA = torch.tensor([[0.3, -0.2], [0.8, 0.1], [-0.4, 0.5]], dtype=torch.float64)
 
 
-def test_without_the_correction_the_update_has_no_potential():
-    """Its Jacobian isn't symmetric, the corrected one's is."""
-    theta = torch.tensor([[0.3, -0.2], [0.8, 0.1], [-0.4, 0.5]], dtype=torch.float64)
+@pytest.mark.parametrize(("loss", "direction"), LOSSES)
+def test_the_correction_makes_the_update_a_gradient(loss, direction):
+    def losses(student, teacher):
+        return distillation_losses(student, teacher, loss, direction, 1.0)
 
-    def loss(student, teacher):
-        return cross_entropies(student, teacher, "forward", 1.0)
-
-    for corrected in (False, True):
-        columns = []
-        for k in range(6):
-            step = torch.zeros(6, dtype=torch.float64)
-            step[k] = 1e-5
-            updates = [expected_update(theta + sign * step.view(3, 2), loss, corrected) for sign in (1, -1)]
-            columns.append((updates[0] - updates[1]).flatten() / 2e-5)
-        jacobian = torch.stack(columns, 1)
-        asymmetry = (jacobian - jacobian.T).abs().max().item()
-        assert (asymmetry < 1e-6) == corrected and (corrected or asymmetry > 0.01)
+    exact = slopes(lambda theta: objective(theta, losses), THETA)
+    torch.testing.assert_close(expected_update(THETA, losses, corrected=True), exact, rtol=1e-6, atol=1e-8)
+    assert (expected_update(THETA, losses, corrected=False) - exact).abs().max() > 0.02
 
 
 def test_the_critic_of_the_correction_learns_the_discounted_losses():
@@ -266,20 +221,12 @@ def test_the_critic_of_the_correction_learns_the_discounted_losses():
     next_values = torch.tensor([[0.0], [-10.0], [-20.0]])
     actions, logits = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1, 2)
     for terminated, expected in ((done, [-2.0, -2.0, -14.0]), (no, [-4.5, -7.0, -14.0])):  # γ = 1/2; truncated: -2 - 5
-        _, value_loss = corrected_loss(losses, logits, values, next_values, actions, terminated, done, 0.5)
+        rollout = Rollout(None, logits, values, next_values, actions, None, terminated, done)
+        _, value_loss = corrected_loss(losses, rollout, 0.5)
         assert value_loss.item() == pytest.approx(np.square(expected).mean())
 
 
-# ---------------------------------------------------------------------------------------------- buffers and the teacher
-
-
-def test_the_buffer_is_drawn_from_uniformly():
-    buffer = StateBuffer(torch.arange(50), torch.arange(50) * 2.0)
-    states, out = buffer.draw(50_000, torch.Generator().manual_seed(1))
-    assert torch.equal(out, states * 2.0)
-    counts = torch.bincount(states, minlength=50).double()
-    chi_square = ((counts - 1000) ** 2 / 1000).sum().item()
-    assert 25 < chi_square < 85  # 49 degrees of freedom: .3 % and 99.9 %
+# ------------------------------------------------------------------------------------- environments, acting, evaluation
 
 
 @pytest.mark.parametrize("env_id", ["DistilRamp-v0", "DistilRampTruncated-v0"])
@@ -297,83 +244,78 @@ def test_a_step_gives_the_true_next_state(env_id):
         x = following
 
 
-def test_sokobans_true_next_state_is_the_solved_board():
-    task = Task(Args(size=5), "Sokoban-v0", 1, CPU, levels=["#####\n#@$.#\n#####"])
-    task.reset(1, options={"levels": ["#####\n#@$.#\n#####"]})
+def test_sokobans_true_next_state_is_the_solved_board(monkeypatch):
+    level = torch.tensor([[[0] * 5, [0, 5, 3, 2, 0], [0] * 5]], dtype=torch.uint8)
+    monkeypatch.setattr(distillation, "unseen_levels", lambda *_: torch.nn.functional.pad(level, (0, 0, 0, 2)))
+    task = Task(Args(size=5), "Sokoban-v0", 1, CPU, evaluation=True)
+    x = task.reset(1)
+    assert torch.equal(x[:, :3], level)
     following, reward, terminated, truncated, true_next = task.step(torch.tensor([4]))
     assert terminated.item() and not truncated.item() and reward.item() == pytest.approx(10.9)
-    assert (true_next == 4).any() and (following == 3).any()  # a box on its target; a box off it
+    assert (true_next == 4).any() and torch.equal(following, x)  # a box on its target; the level anew
 
 
-def test_the_teachers_states_are_its_own():
-    task = Task(Args(), "DistilRamp-v0", 4, CPU)
-
-    def teacher(x):
-        return torch.stack([x[:, 0] * 0, x[:, 0] * 0 + 1, x[:, 0] * 0], 1)
-
-    seen, step = [], task.step
-    task.step = lambda action: seen.append(action) or step(action)
-    for epsilon, share in ((0.0, 0.0), (0.3, 0.2)):
-        seen.clear()
-        states = visited_states(task, teacher, 4000, epsilon, True, 1, torch.Generator().manual_seed(1))
-        assert states.shape == (4000, 2) and set(states[:, 0].mul(10).round().int().tolist()) == set(range(5))
-        assert (torch.cat(seen) != 1).float().mean().item() == pytest.approx(share, abs=0.02)
+def test_training_never_gets_a_level_of_the_evaluation():
+    held_out = {board.numpy().tobytes() for board in distillation.unseen_levels(50, 5, 1)}
+    task = Task(Args(size=5, eval_episodes=50), "Sokoban-v0", 200, CPU)
+    seen = {board.numpy().tobytes() for seed in range(3) for board in task.reset(seed)}
+    assert len(seen) > 100 and not seen & held_out
 
 
-class TableNet(nn.Module):
-    def __init__(self, table: list[list[float]]) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.tensor(table))
-
-    def forward(self, x):
-        return self.table[x[:, 0].long()]
-
-
-def test_values_of_true_next_states():
+@pytest.mark.parametrize("truncates", [False, True])
+def test_a_rollout_holds_values_of_true_next_states(truncates):
     torch.manual_seed(1)
-    net = PolicyNet([(2,)], [2], (8,), critic=True)
-    states, last, final = torch.randn(3, 2, 2), torch.randn(2, 2), torch.randn(2)
-    truncated = torch.tensor([[False, False], [True, False], [False, False]])
-    true_next = torch.cat([states[1:], last[None]])
-    true_next[1, 0] = final  # the state after it belongs to the next episode
-    values = net.with_value(states.flatten(0, 1))[1].view(3, 2)
-    result = true_next_values(net, 0, values, last, true_next, truncated)
-    torch.testing.assert_close(result, net.with_value(true_next.flatten(0, 1))[1].view(3, 2).detach())
-    assert not result.requires_grad
+    net = PolicyNet([(2,)], [3], (8,), "board")
+    task = Task(Args(), "DistilRampTruncated-v0" if truncates else "DistilRamp-v0", 2, CPU)
+    rollout, x = distillation.act(net, 0, task, task.reset(1), 7, torch.Generator().manual_seed(1))
+    states = rollout.observations
+    true_next = states + torch.tensor([0.1, 0.0])
+    expected = net.with_value(true_next.flatten(0, 1))[1].view(7, 2)
+    known = ~rollout.terminated  # where an episode terminates the value is of no use
+    torch.testing.assert_close(rollout.next_values[known], expected[known].detach())
+    assert torch.equal(rollout.done, states[..., 0] > 0.39) and rollout.terminated.any() != truncates
+    assert not rollout.next_values.requires_grad and rollout.logits.requires_grad and rollout.values.requires_grad
+    torch.testing.assert_close(rollout.logits, net(states.flatten(0, 1)).view(7, 2, 3))
+    torch.testing.assert_close(rollout.rewards, rollout.actions.float())
+    torch.testing.assert_close(x[:, 0], torch.full((2,), 0.2))  # two steps into the second episode
+    for apart in (True, False):  # the critic's gradient stops at its head, or goes on to the trunk
+        net.zero_grad()
+        distillation.act(net, 0, task, x, 2, torch.Generator(), apart)[0].values.sum().backward()
+        assert (net.trunk[0].weight.grad is None) == apart and net.critics[0].weight.grad.any()
 
 
-def test_double_dqn_targets_by_hand():
-    online, target = TableNet([[1.0, 2.0], [5.0, 3.0]]), TableNet([[0.0, 0.0], [10.0, 20.0]])
-    for end, expected in ((False, 0.5 + 0.9 * 10), (True, 0.5)):
-        rows = (
-            torch.tensor([[0.0]]),
-            torch.tensor([1]),
-            torch.tensor([0.5]),
-            torch.tensor([end]),
-            torch.tensor([[1.0]]),
-        )
-        loss, q = double_q_loss(online, target, rows, 0.9)
-        assert loss.item() == pytest.approx((expected - 2.0) ** 2, rel=1e-6) and q.item() == 2.0
-    loss.backward()
-    np.testing.assert_allclose(online.table.grad, [[0, 3.0], [0, 0]], rtol=1e-6)
-    assert target.table.grad is None
+def always(action: int):
+    return lambda x: torch.nn.functional.one_hot(torch.full((len(x),), action), 3).float() * 50
 
 
-def test_an_evaluation_plays_each_episode_once(tmp_path):
+def test_the_buffer_holds_where_the_teacher_goes_and_what_it_says_there():
+    flat = lambda x: torch.zeros(len(x), 3)  # noqa: E731
+    for teacher, greedy, epsilon, ones in (
+        (always(1), True, 0.0, 1.0), (always(1), True, 0.3, 0.8), (always(1), False, 0.3, 0.8), (flat, True, 0.0, 0.0),
+        (flat, False, 0.0, 1 / 3),  # Q-values greedily, policies sampled
+    ):  # fmt: skip
+        task, seen = Task(Args(), "DistilRamp-v0", 4, CPU), []
+        step = task.step
+        task.step = lambda action, step=step, seen=seen: seen.append(action) or step(action)
+        states, outputs = fill_buffer(task, teacher, 4000, epsilon, greedy, 1, torch.Generator().manual_seed(1))
+        assert states.shape == (4000, 2) and torch.equal(outputs, teacher(states))
+        assert set(states[:, 0].mul(10).round().int().tolist()) == set(range(5))
+        assert (torch.cat(seen) == 1).float().mean().item() == pytest.approx(ones, abs=0.03)
+
+
+def test_an_evaluation_plays_each_episode_once(monkeypatch, capsys):
     args = Args(eval_episodes=3)
-
-    def policy(x):  # action 2 pays 2 a step
-        return torch.tensor([[0.0, 0.0, 1.0]]).expand(len(x), 3)
-
-    result = play_episodes(args, "DistilRamp-v0", policy, True, CPU)
+    result = play_episodes(args, "DistilRamp-v0", always(2), True, CPU, NO_FILM)
     assert result == {"return": 10.0, "error": 0.0, "terminated": 1.0}
-    assert play_episodes(args, "DistilRampTruncated-v0", policy, True, CPU)["terminated"] == 0.0
-    random = play_episodes(Args(eval_episodes=400), "DistilRamp-v0", None, True, CPU)
+    assert play_episodes(args, "DistilRampTruncated-v0", always(2), False, CPU, NO_FILM)["terminated"] == 0.0
+    random = play_episodes(Args(eval_episodes=400), "DistilRamp-v0", None, True, CPU, NO_FILM)
     assert random["return"] == pytest.approx(5.0, abs=0.4)  # also where Q-values are acted on greedily
-    film = tmp_path / "film.gif"
-    levels = Args(size=5, eval_episodes=2, max_episode_steps=10, capture_video=True)
-    play_episodes(levels, "Sokoban-v0", None, False, CPU, film)
-    assert film.read_bytes().startswith(b"GIF") and not list(tmp_path.glob("*.tmp"))
+    assert random["error"] == pytest.approx((5 * 2 / 3 / 400) ** 0.5, rel=0.1)
+    flat = play_episodes(args, "DistilRamp-v0", lambda x: torch.zeros(len(x), 3), True, CPU, NO_FILM)
+    assert flat["return"] == 0.0  # greedy: the first
+    monkeypatch.setattr(distillation, "MOST_EVAL_STEPS", 7)
+    endless = play_episodes(args, "DistilForever-v0", always(1), True, CPU, NO_FILM)
+    assert endless["return"] == 7.0 and "3 episodes cut after 7 steps" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -381,20 +323,32 @@ def test_an_evaluation_plays_each_episode_once(tmp_path):
 
 def test_students_have_the_size_that_was_asked_for():
     for shapes, actions, total in (([(7, 7)], [5], 413_381), ([(4,)], [2], 4610), ([(4,), (7, 7)], [2, 5], 400_000)):
-        for scale in (0.25, 0.07, 0.04):
-            widths = student_widths(shapes, actions, int(scale * total))
-            size = acting_parameters(PolicyNet(shapes, actions, widths, critic=False))
+        for scale in (0.25, 0.04):
+            widths = student_widths(shapes, actions, int(scale * total), "player")
+            size = acting_parameters(PolicyNet(shapes, actions, widths, "player"))
             assert 0.9 * scale * total < size <= scale * total
     with pytest.raises(SystemExit, match="--student-scale"):
-        student_widths([(4,)], [2], 5)
+        student_widths([(4,)], [2], 5, "player")
+    assert acting_parameters(PolicyNet([(4,)], [2], (8, 8), "board")) == 4 * 8 + 8 + 8 * 8 + 8 + 8 * 2 + 2  # no critic
+
+
+@pytest.mark.parametrize("shapes", [[(8, 6)], [(8, 6), (3,)]])
+def test_networks_see_the_board_from_the_player(shapes):
+    boards = torch.randint(5, (6, 8, 6), dtype=torch.uint8)
+    boards[:, 3, 2] = 5
+    for view in ("player", "board"):
+        net = PolicyNet(shapes, [5, 2][: len(shapes)], (4, 4, 8), view)
+        seen = distillation.cell_planes(distillation.player_view(boards) if view == "player" else boards)
+        if len(shapes) == 2:
+            seen = seen.flatten(1)
+        torch.testing.assert_close(net(boards), net.heads[0](net.trunk(seen)))
 
 
 def test_tasks_share_the_trunk_and_nothing_else():
     torch.manual_seed(1)
-    net = PolicyNet([(4,), (6,), (7, 7)], [2, 3, 5], (16, 16), critic=False)
+    net = PolicyNet([(4,), (6,), (7, 7)], [2, 3, 5], (16, 16), "board")
     assert net.width == 196
-    net.standardize(torch.randn(100, 6) * 5 + 2, task=1)
-    assert (net.std[0] == 1).all() and (net.std[1, 6:] == 1).all() and (net.mean[1, 6:] == 0).all()
+    net.mean[1, :6], net.std[1, :6] = 2.0, 4.0
     inputs = (torch.randn(3, 4), torch.randn(3, 6), torch.randint(0, 7, (3, 7, 7), dtype=torch.uint8))
     for task, x in enumerate(inputs):
         net.zero_grad()
@@ -403,229 +357,306 @@ def test_tasks_share_the_trunk_and_nothing_else():
         out.square().sum().backward()
         assert [head.weight.grad is not None for head in net.heads] == [i == task for i in range(3)]
         assert net.trunk[0].weight.grad.abs().sum() > 0
+    padded = torch.nn.functional.pad((inputs[1] - 2) / 4, (0, 190))
+    torch.testing.assert_close(net(inputs[1], 1), net.heads[1](net.trunk(padded)))
 
 
-def test_a_critic_apart_moves_its_head_only():
-    net = distillation.PolicyNet([(7, 7)], [5], (4, 4, 8), critic=True)
-    boards = torch.randint(7, (6, 7, 7), dtype=torch.uint8)
-    for apart in (True, False):
-        net.zero_grad()
-        net.with_value(boards, apart=apart)[1].sum().backward()
-        assert (net.trunk[0].weight.grad is None or not net.trunk[0].weight.grad.any()) == apart
-        assert net.critics[0].weight.grad.any()
+@pytest.mark.parametrize(("hidden", "shape"), [((6, 5), (2,)), ((7,), (5, 6))])
+def test_a_dqn_is_read_with_its_standardised_inputs(hidden, shape):
+    torch.manual_seed(1)
+    x = torch.randn(4, 2) if len(shape) == 1 else torch.randint(7, (4, *shape), dtype=torch.uint8)
+    features = x if len(shape) == 1 else distillation.cell_planes(x).flatten(1)
+    q_net = RunsMLP(2, [features.shape[1], *hidden, 3])
+    q_net.mean.normal_()
+    q_net.std.uniform_(0.5, 2)
+    networks = {f"q_net.{name}": weight for name, weight in q_net.state_dict().items()}
+    args = {"env_id": "E", "hidden": hidden}
+    torch.save({"args": args, "networks": networks, "global_step": 1}, "dqn.pt")
+    (entry,) = distillation.read_teachers("dqn.pt", Args(), CPU).values()
+    assert entry["kind"] == "dqn"
+    expected = q_net(features.expand(2, -1, -1))[0]  # the first run's
+    torch.testing.assert_close(make_net(entry, CPU)(x), expected)
 
 
-def test_counting_leaves_the_critic_out():
-    with_critic, without = (PolicyNet([(4,)], [2], (8, 8), critic) for critic in (True, False))
-    assert acting_parameters(with_critic) == acting_parameters(without) == 4 * 8 + 8 + 8 * 8 + 8 + 8 * 2 + 2
+# -------------------------------------------------------------------------------------------------- the loops, watched
 
 
-# -------------------------------------------------------------------------------------------------- whole runs, watched
+def watch(monkeypatch, name: str, change=None) -> list:
+    """The calls (arguments, result) of one of the script's functions, in whose place `change` may be called."""
+    calls, function = [], getattr(distillation, name)
+
+    def watched(*args, **kwargs):
+        result = change(*args, **kwargs) if change else function(*args, **kwargs)
+        calls.append(((*args, *kwargs.values()), result))
+        return result
+
+    monkeypatch.setattr(distillation, name, watched)
+    return calls
 
 
-def saved(folder: pathlib.Path) -> dict:
-    (path,) = folder.glob("runs/*/agent.pt")
-    return torch.load(path, weights_only=True) | {"path": path}
+def watch_optimizers(monkeypatch) -> list:
+    """(parameters, learning rate) of each step."""
+    steps = []
+
+    class Adam(torch.optim.Adam):
+        cleared = False
+
+        def zero_grad(self, set_to_none=True):
+            self.cleared = True
+            super().zero_grad(set_to_none)
+
+        def step(self, closure=None):
+            assert self.cleared  # no gradient of an earlier update is left
+            self.cleared = False
+            steps.append((self.param_groups[0]["params"], self.param_groups[0]["lr"]))
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    return steps
 
 
-def test_the_student_is_trained_and_the_teacher_is_not(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL))
-    before = saved(tmp_path)
-    other = tmp_path / "other"
-    other.mkdir()
-    monkeypatch.chdir(other)
-    rows = main(
-        Args(**SMALL | {"teacher_path": (str(before["path"]),), "distill_steps": 60, "student_scale": (0.25, 0.1)})
-    )
-    after = saved(other)
-    for name, weights in before["teachers"]["CartPole-v1"]["network"].items():
-        assert torch.equal(weights, after["teachers"]["CartPole-v1"]["network"][name])  # the right optimiser stepped
-    for name, weights in before["students"]["0.25"]["network"].items():
-        same = torch.equal(weights, after["students"]["0.25"]["network"][name])
-        assert same == (name in ("mean", "std"))
-    assert [row["scale"] for row in rows] == [0.25, 0.1]
-    lines = (after["path"].parent / "metrics.csv").read_text().splitlines()
-    column = lines[0].split(",").index("losses/distillation")
-    losses = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
-    assert losses[5] < 0.5 * losses[0]
+def leaves(number: int):
+    values = [torch.tensor(1.0 + i, requires_grad=True) for i in range(number)]
+    return values, lambda *_: tuple(values)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"teacher": "dqn", "loss": "mse"},
-        {"states": "student", "kl_direction": "reverse", "correction": True},
-        {"env_ids": ("Sokoban-v0",), "size": 5, "student_scale": (0.04,)},
-    ],
-)
-def test_a_seed_reproduces_the_run(tmp_path, monkeypatch, kwargs):
-    results = []
-    for i, seed in enumerate((1, 1, 2)):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        main(Args(**SMALL | {"teacher_timesteps": 512, "seed": seed} | kwargs))
-        state = saved(folder)
-        networks = [entry["network"] for kind in ("teachers", "students") for entry in state[kind].values()]
-        results.append([x for network in networks for x in network.values()])
-    same = [[torch.equal(x, y) for x, y in zip(results[0], other, strict=True)] for other in results[1:]]
-    assert all(same[0]) and not all(same[1])
+@pytest.mark.parametrize("truncates", [False, True])
+def test_the_teachers_loop(monkeypatch, truncates):
+    (policy_loss, value_loss, entropy), change = leaves(3)
+    losses = watch(monkeypatch, "actor_critic_losses", change)
+    advantages = watch(monkeypatch, "generalized_advantages")
+    clipped, logged = [], []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append(norm))
+    steps = watch_optimizers(monkeypatch)
+    args = Args(num_envs=2, num_steps=3, teacher_timesteps=237, reward_scale=0.2, gamma=0.6, vf_coef=0.3, ent_coef=0.02,
+                max_grad_norm=0.7, learning_rate=0.004)  # fmt: skip
+    task = Task(args, "DistilRampTruncated-v0" if truncates else "DistilRamp-v0", 2, CPU)
+    net = PolicyNet([(2,)], [3], (4,), "board")
+    logger = type("Log", (), {"log": lambda self, step, metrics: logged.append((step, metrics))})()
+    distillation.train_teacher(net, task, args, torch.Generator().manual_seed(1), logger)
+    assert len(losses) == len(advantages) == len(steps) == 40 and clipped == [0.7] * 40  # 237 frames, 6 an update
+    assert {lr for _, lr in steps} == {0.004} and {id(p) for p in steps[0][0]} == {id(p) for p in net.parameters()}
+    assert [x.grad.item() for x in (policy_loss, value_loss, entropy)] == pytest.approx([40, 12, -0.8])  # 40 times
+    for t, ((rewards, values, next_values, terminated, done, gamma, lam), result) in enumerate(advantages):
+        (logits, with_graph, actions, used), _ = losses[t]
+        torch.testing.assert_close(rewards, 0.2 * actions)
+        assert used is result and torch.equal(values, with_graph) and values.grad_fn is None and logits.requires_grad
+        ends = torch.tensor([[(3 * t + k) % 5 == 4] * 2 for k in range(3)])  # episodes go on from rollout to rollout
+        assert torch.equal(done, ends) and torch.equal(terminated, ends & (not truncates))
+        assert (gamma, lam) == (0.6, 1.0) and next_values.shape == (3, 2)
+    assert [step for step, _ in logged] == [12 * row for row in range(1, 21)]
+    for _, metrics in logged:
+        assert [metrics[f"losses/{name}"] for name in ("policy_loss", "value_loss", "entropy")] == [1, 2, 3]
+    actions = torch.cat([call[2] for call, _ in losses])  # (T, B) of the whole run
+    returns = actions.view(24, 5, 2).sum(1).float().mean(1)  # of each episode
+    for row, (_, metrics) in enumerate(logged):  # of steps 6 row + 1 to 6 row + 6
+        ended = [returns[e] for e in range(24) if 6 * row < 5 * (e + 1) <= 6 * row + 6]
+        assert metrics["charts/episodic_return"] == pytest.approx(sum(ended) / len(ended))
 
 
-def test_the_loss_of_the_loop_is_a_mean(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL | {"distill_steps": 1, "save_model": True}))
-    (path,) = tmp_path.glob("runs/*/agent.pt")
-    losses = []
-    for batch_size in (32, 512):
-        flags = {"teacher_path": (str(path),), "distill_steps": 1, "batch_size": batch_size, "save_model": False}
-        main(Args(**SMALL | flags | {"exp_name": f"of{batch_size}"}))
-        (folder,) = tmp_path.glob(f"runs/*of{batch_size}*")
-        header, *rows = (folder / "metrics.csv").read_text().splitlines()
-        column = header.split(",").index("losses/distillation")
-        losses.append(next(float(row.split(",")[column]) for row in rows if row.split(",")[column]))
-    assert losses[0] == pytest.approx(losses[1], rel=0.5) and losses[0] > 0
+TWO_TASKS = ("CartPole-v1", "DistilRamp-v0")
 
 
-def test_three_tasks_in_one_student(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    env_ids = ("CartPole-v1", "Acrobot-v1", "Sokoban-v0")
-    drawn, draw = [], StateBuffer.draw
-    monkeypatch.setattr(
-        StateBuffer, "draw", lambda self, n, rng: drawn.append(self.states.shape[1:]) or draw(self, n, rng)
-    )
-    rows = main(Args(**SMALL | {"env_ids": env_ids, "teacher_timesteps": 256}))
-    assert [row["env_id"] for row in rows] == list(env_ids)
-    assert drawn == [(4,), (6,), (7, 7)] * 30  # each task's buffer in every update
-    state = saved(tmp_path)
-    assert [tuple(state["students"]["0.25"]["network"][f"heads.{i}.bias"].shape) for i in range(3)] == [
-        (2,),
-        (3,),
-        (5,),
-    ]
-    assert rows[0]["teacher_parameters"] == 4610 + 4803 + 413_381
+def test_the_students_loop_on_the_teachers_states(monkeypatch):
+    def buffer(task, teacher, *rest):
+        states = torch.linspace(-1, 1, 50)[:, None].expand(50, task.shape[0])  # the output tells the state
+        return states, states[:, :1].expand(50, task.num_actions)
+
+    leaf = torch.ones(256, requires_grad=True)
+    buffers = watch(monkeypatch, "fill_buffer", buffer)
+    losses = watch(monkeypatch, "distillation_losses", lambda *_: leaf)
+    saved, steps, logged = watch(monkeypatch, "saved_net"), watch_optimizers(monkeypatch), []
+    monkeypatch.setattr(distillation.Logger, "log", lambda self, step, metrics: logged.append((step, metrics)))
+    flags = {"env_ids": TWO_TASKS, "seed": 3, "loss": "nll", "kl_direction": "reverse", "temperature": 0.3,
+             "teacher_timesteps": 32, "distill_learning_rate": 0.02, "log_frequency": 9}  # fmt: skip
+    main(Args(**SMALL | flags))
+    teachers, (student,) = [call[0] for call, _ in saved[:2]], saved[2][0]
+    assert [call[2:6] for call, _ in buffers] == [(200, 0.05, False, 3600)] * 2
+    for (_, teacher, *_), trained in zip([call for call, _ in buffers], teachers, strict=True):
+        assert all(map(torch.equal, teacher.state_dict().values(), trained.state_dict().values()))
+    assert len(losses) == 24  # 12 updates, both tasks in each
+    for k, ((logits, target, *rest), _) in enumerate(losses):
+        x = target[:, :1].expand(256, (4, 2)[k % 2])
+        torch.testing.assert_close(logits, student(x, k % 2))  # leaves as losses: it stays as it was
+        assert rest == ["nll", "reverse", 0.3]
+    drawn = torch.cat([call[1][:, 0] for call, _ in losses])
+    _, counts = drawn.unique(return_counts=True)
+    share = len(drawn) / 50
+    assert len(counts) == 50 and 25 < ((counts - share) ** 2 / share).sum() < 85  # 49 degrees of freedom
+    torch.testing.assert_close(leaf.grad, torch.full((256,), 12 / 256))  # the mean over batch and tasks, 12 times
+    updates = [step for step in steps if step[0][0] is next(student.parameters())]
+    assert [lr for _, lr in updates] == pytest.approx([0.02 * (1 - k / 12) for k in range(12)])
+    assert steps[-12:] == updates and len(updates[0][0]) == len(list(student.parameters()))
+    rows = [(step, row["losses/distillation"]) for step, row in logged if "losses/distillation" in row]
+    assert rows == [(9, 1.0), (12, 1.0)]
 
 
 @pytest.mark.parametrize("correction", [False, True])
-def test_students_act_on_their_own_outputs_and_visit_their_own_states(tmp_path, monkeypatch, correction):
-    monkeypatch.chdir(tmp_path)
-    acted_on, updates, sample = [], [], distillation.sample
-    monkeypatch.setattr(distillation, "sample", lambda logits, rng: acted_on.append(logits) or sample(logits, rng))
-    name = "cross_entropies" if correction else "distillation_losses"
-    losses = getattr(distillation, name)
+def test_the_students_loop_on_its_own_states(monkeypatch, correction):
+    (distill_loss, value_loss), change = leaves(2)
+    leaf = torch.ones(8, 4, requires_grad=True)
+    losses = watch(monkeypatch, "distillation_losses", lambda *_: leaf)
+    corrected = watch(monkeypatch, "corrected_loss", change)
+    saved, acted, clipped = watch(monkeypatch, "saved_net"), watch(monkeypatch, "act"), []
+    monkeypatch.setattr(distillation, "fill_buffer", None)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append((parameters, norm)))
+    flags = {"env_ids": TWO_TASKS, "loss": "kl", "kl_direction": "reverse", "states": "student", "vf_coef": 0.3,
+             "correction": correction, "teacher_timesteps": 32, "gamma": 0.6, "max_grad_norm": 0.7}  # fmt: skip
+    main(Args(**SMALL | flags))
+    (first, second), (student,) = [call[0] for call, _ in saved[:2]], saved[2][0]
+    acted = acted[2:]  # without the teachers' own: one each
+    assert len(acted) == len(losses) == 24 and len(corrected) == 24 * correction
+    assert [call[6:] for call, _ in acted] == [(True,)] * 24  # the critic's gradient apart
+    for k, ((net, i, task, x, num_steps, *_), (rollout, _)) in enumerate(acted):
+        assert net is student and i == k % 2 and num_steps == 8 and task.num_actions == (2, 3)[i]
+        assert torch.equal(rollout.observations[0], x) and (k < 2 or x is acted[k - 2][1][1])  # it goes on
+        (logits, target, *rest), _ = losses[k]
+        assert logits is rollout.logits and rest == ["kl", "reverse", 1.0]
+        torch.testing.assert_close(target.flatten(0, 1), (first, second)[i](rollout.observations.flatten(0, 1)))
+        if correction:
+            assert corrected[k][0][0] is leaf and corrected[k][0][1] is rollout and corrected[k][0][2] == 0.6
+    if correction:
+        assert (distill_loss.grad.item(), value_loss.grad.item()) == pytest.approx((12.0, 12 * 0.3))  # /2 tasks, *24
+        assert leaf.grad is None
+    else:
+        torch.testing.assert_close(leaf.grad, torch.full((8, 4), 12 / 32))
+    assert [norm for _, norm in clipped] == [0.7] * 14
 
-    def watch(student, teacher, *rest):
-        updates.append((student.detach(), torch.stack(acted_on[-8:])))
-        return losses(student, teacher, *rest)
 
-    monkeypatch.setattr(distillation, name, watch)
-    monkeypatch.delattr(StateBuffer, "draw")
-    args = {"env_ids": ("DistilRamp-v0",), "teacher_timesteps": 320, "distill_steps": 12, "states": "student"}
-    main(Args(**SMALL | args | {"correction": correction}))
-    assert len(updates) == 12 and all(torch.equal(*pair) for pair in updates)  # (T, B, A)
+def test_each_is_evaluated_on_its_task(monkeypatch):
+    def result(args, env_id, policy, greedy, device, film):
+        returns = {"random": 1.0, "teacher": 3.0 + (env_id == TWO_TASKS[1])}
+        name = film.stem.removeprefix(f"{env_id}_")
+        return {"return": returns.get(name, 2.5), "error": 0.1, "terminated": 0.5}
+
+    played = watch(monkeypatch, "play_episodes", result)
+    saved = watch(monkeypatch, "saved_net")
+    rows = main(Args(**SMALL | {"env_ids": TWO_TASKS, "student_scale": (0.25, 0.1), "teacher_timesteps": 32}))
+    assert [call[1] for call, _ in played] == [TWO_TASKS[0]] * 4 + [TWO_TASKS[1]] * 4
+    nets = [call[0].state_dict() for call, _ in saved]  # two teachers, two students
+    for k, ((_, _, policy, *_), _) in enumerate(played):
+        i, who = k // 4, k % 4
+        expected = (None, nets[i], nets[2], nets[3])[who]
+        if who < 2:
+            assert (policy is None) == (who == 0)
+        else:
+            assert policy.keywords == {"task": i}
+            policy = policy.func
+        assert policy is None or all(map(torch.equal, policy.state_dict().values(), expected.values()))
+    assert [row["eval/score"] for row in rows] == [0.75, 0.75, 0.5, 0.5]
+    assert [(row["charts/task"], row["charts/student_scale"]) for row in rows] == [
+        (0, 0.25),
+        (0, 0.1),
+        (1, 0.25),
+        (1, 0.1),
+    ]
+    assert rows[0]["eval/student_terminated"] == 0.5 and rows[0]["charts/teacher_parameters"] == 4610 + 4547
 
 
-@pytest.mark.parametrize("teacher", ["actor-critic", "dqn"])
-def test_teachers_learn(tmp_path, monkeypatch, teacher):
+def test_teachers_learn_and_students_follow():
     """Action 2 pays most: 10 an episode, random play gets 5."""
-    monkeypatch.chdir(tmp_path)
-    steps = {"actor-critic": 4_000, "dqn": 800}[teacher]
-    (row,) = main(Args(**SMALL | {"env_ids": ("DistilRamp-v0",), "teacher": teacher, "teacher_timesteps": steps,
-                           "learning_rate": 3e-3, "reward_scale": 0.2, "ent_coef": 0.02, "gamma": 0.5}))  # fmt: skip
-    assert row["teacher"] > 9 and 3 < row["random"] < 7
+    args = {"teacher_timesteps": 4000, "reward_scale": 0.2, "ent_coef": 0.02, "gamma": 0.5, "distill_steps": 60}
+    (row,) = main(Args(**SMALL | args))
+    assert row["eval/teacher_return"] > 9 and 3 < row["eval/random_return"] < 7 and row["eval/score"] > 0.9
 
 
-def test_the_replay_holds_true_transitions(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for env_id in ("DistilRamp-v0", "DistilRampTruncated-v0"):
-        seen, loss = [], double_q_loss
+def dqn_file(env_id: str = "DistilRamp-v0") -> RunsMLP:
+    """A file as dyna_dqn.py writes it; Q prefers action 2."""
+    q_net = RunsMLP(1, [2, 8, 3])
+    q_net.mean[:], q_net.std[:] = torch.tensor([0.2, 0.01]), torch.tensor([0.1, 0.02])
+    q_net.biases[1].data[:] = torch.tensor([0.0, 1.0, 50.0])
+    networks = {f"q_net.{name}": weight for name, weight in q_net.state_dict().items()}
+    torch.save({"args": {"env_id": env_id, "hidden": (8,), "size": 5, "num_boxes": 1}, "networks": networks}, "dqn.pt")
+    return q_net
 
-        def watch(net, target_net, rows, gamma, seen=seen, loss=loss):
-            seen.append(rows)
-            return loss(net, target_net, rows, gamma)
 
-        monkeypatch.setattr(distillation, "double_q_loss", watch)
-        main(Args(**SMALL | {"env_ids": (env_id,), "teacher": "dqn", "teacher_timesteps": 400, "replay_size": 200}))
-        monkeypatch.undo()
-        monkeypatch.chdir(tmp_path)
-        x, action, reward, end, following = (torch.cat(column) for column in zip(*seen, strict=True))
-        torch.testing.assert_close(following[:, 0], x[:, 0] + 0.1)
-        assert torch.equal(following[:, 1], x[:, 1]) and torch.equal(reward, action.float())
-        last = following[:, 0] > 0.49
-        assert torch.equal(end, last & ("Truncated" not in env_id))
+@pytest.mark.parametrize(("loss", "temperature"), [("mse", 0.01), ("kl", 0.01), ("kl", 0.7)])
+def test_students_of_a_dqn(monkeypatch, loss, temperature):
+    q_net = dqn_file()
+    buffers, losses = watch(monkeypatch, "fill_buffer"), watch(monkeypatch, "distillation_losses")
+    saved, played = watch(monkeypatch, "saved_net"), watch(monkeypatch, "play_episodes")
+    monkeypatch.setattr(distillation, "train_teacher", None)
+    flags = {"teacher_path": ("dqn.pt",), "loss": loss, "temperature": None if temperature == 0.01 else temperature}
+    (row,) = main(Args(**SMALL | flags))
+    ((_, _, _, _, greedy, *_), (states, outputs)), student = buffers[0], saved[0][0][0]
+    assert greedy and row["eval/teacher_return"] == 10 and len(played) == 3
+    torch.testing.assert_close(outputs, q_net(states[None])[0])
+    assert {tuple(call[2:]) for call, _ in losses} == {(loss, "forward", temperature)}
+    assert torch.equal(student.mean, q_net.mean[0]) and torch.equal(student.std, q_net.std[0])  # its teacher's units
 
 
 # ------------------------------------------------------------------------------------------------------ files and flags
 
 
-def test_evaluate_and_resume(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    rows = main(Args(**SMALL | {"student_scale": (0.25, 0.1)}))
-    state = saved(tmp_path)
-    path = state.pop("path")
-    again = main(Args(evaluate=str(path)))
-    assert [row["student"] for row in again] == [row["student"] for row in rows]
-    # as if it had been stopped after the first student: the second one comes out the same
-    removed = state["students"].pop("0.1")
-    torch.save(state, path)
-    resumed = main(Args(resume=str(path)))
-    assert [row["student"] for row in resumed] == [row["student"] for row in rows]
-    after = torch.load(path, weights_only=True)["students"]["0.1"]["network"]
-    assert all(torch.equal(weights, after[name]) for name, weights in removed["network"].items())
-    with pytest.raises(SystemExit, match=r"--loss: .* brings its own flags"):
-        main(Args(resume=str(path), loss="nll"))
-    path.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="can't read the checkpoint"):
-        main(Args(resume=str(path)))
-    assert "0.25: 1,142 of the teachers' 4,610 parameters" in capsys.readouterr().out
+def test_what_is_saved_is_played_and_goes_on(monkeypatch, capsys):
+    writes = watch(monkeypatch, "save_checkpoint", lambda path, state: torch.save(state, path) or [*state["students"]])
+    flags = SMALL | {"save_model": True, "student_scale": (0.25, 0.1), "eval_episodes": 6}
+    rows = main(Args(**flags))
+    assert [students for _, students in writes] == [[], ["0.25"], ["0.25", "0.1"]]  # after the teacher, each student
+    path = str(writes[0][0][0])
+    trained = watch(monkeypatch, "train_teacher", lambda *_: None)
+    assert main(parse_args(["--evaluate", path])) == rows  # one set of episodes, for all of them
+    assert main(parse_args(["--evaluate", path, "--eval-episodes", "3"])) != rows
+    again = main(Args(**flags | {"teacher_path": (path,), "seed": 2, "eval_episodes": 6}))
+    assert not trained and again[0]["eval/teacher_return"] == rows[0]["eval/teacher_return"]
+    states = [torch.load(file, weights_only=True) for file in (path, writes[-1][0][0])]
+    networks = [[state[kind][name]["weights"] for kind, name in (("teachers", "DistilRamp-v0"), ("students", "0.25"))]
+                for state in states]  # fmt: skip
+    same = [all(map(torch.equal, *(network[i].values() for network in networks))) for i in range(2)]
+    assert same == [True, False]  # another seed's student, the same teacher
+    assert "0.25: 1,113 of the teachers' 4,547 parameters" in capsys.readouterr().out
 
 
-def test_a_foreign_teacher_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(Args(**SMALL | {"distill_steps": 1}))
-    path = str(saved(tmp_path)["path"])
-    for kwargs, message in (
-        ({"loss": "mse"}, "needs teachers of --teacher dqn"),
-        ({"env_ids": ("Acrobot-v1",)}, "no teacher for Acrobot-v1"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            main(Args(**SMALL | {"teacher_path": (path,)} | kwargs))
-    torch.save({"args": {}}, "other.pt")
-    with pytest.raises(SystemExit, match=r"other\.pt is of another script"):
-        main(Args(evaluate="other.pt"))
+def test_a_seed_reproduces_the_run(monkeypatch):
+    saved = watch(monkeypatch, "saved_net")
+    for seed in (1, 1, 2):
+        main(Args(**SMALL | {"seed": seed, "states": "student", "correction": True}))
+    students = [[*call[0].state_dict().values()] for call, _ in saved[1::2]]
+    assert all(map(torch.equal, students[0], students[1])) and not all(map(torch.equal, students[0], students[2]))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"losses/distillation is .*lower"):
-        main(Args(**SMALL | {"distill_learning_rate": math.inf}))
+def test_sokoban_end_to_end_with_films(tmp_path):
+    flags = {"env_ids": ("Sokoban-v0",), "size": 5, "max_episode_steps": 10, "capture_video": True, "save_model": True}
+    main(Args(**SMALL | flags))
+    (path,) = tmp_path.glob("runs/*/agent.pt")
+    films = [f"Sokoban-v0_{who}.gif" for who in ("random", "teacher", "student_0.25")]
+    for film in films:
+        assert (path.parent / film).read_bytes().startswith(b"GIF")
+        (path.parent / film).unlink()
+    main(parse_args(["--evaluate", str(path), "--capture-video"]))
+    assert sorted(file.name for file in path.parent.glob("*.gif")) == sorted(films)
+    with pytest.raises(SystemExit, match="learned with --size 5: give that flag"):
+        main(Args(**SMALL | flags | {"teacher_path": (str(path),), "size": 6}))
+
+
+def test_the_students_rate_is_named_when_its_loss_is_no_number():
+    with pytest.raises(SystemExit, match=r"the student's loss is (nan|inf) at update 6: lower --distill-learning-rate"):
+        main(Args(**SMALL | {"distill_learning_rate": math.inf, "teacher_timesteps": 32}))
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("flags", "message"),
     [
-        ({"loss": "mse"}, "--loss mse compares Q-values: it needs teachers of --teacher dqn"),
-        ({"correction": True}, "--correction needs --states student"),
-        ({"correction": True, "states": "student", "loss": "nll"}, "--correction is for --loss kl"),
-        ({"env_ids": ("NoMaze-v0",)}, "NoMaze"),
-        ({"env_ids": ("CartPole-v1", "CartPole-v1")}, "each once"),
-        ({"env_ids": ()}, "--env-ids"),
-        ({"env_ids": ("Pendulum-v1",)}, "action space.*Discrete"),
-        ({"env_ids": ("FrozenLake-v1",)}, "must be vectors"),
-        ({"env_ids": ("Sokoban-v0",), "num_boxes": 30}, "num_boxes"),
-        ({"temperature": 0.0}, "--temperature 0.0"),
-        ({"student_scale": (0.0,)}, "--student-scale"),
-        ({"epsilon": 2.0}, "--epsilon"),
-        ({"gamma": 1.5}, "--gamma"),
-        ({"batch_size": 0}, "--batch-size 0"),
-        ({"evaluate": "no_such_file.pt"}, "can't read the checkpoint no_such_file.pt"),
-        ({"teacher_path": ("no_such_file.pt",)}, "can't read the checkpoint no_such_file.pt"),
+        ("--loss mse", "--loss mse compares Q-values: give --teacher-path a file of dyna_dqn.py"),
+        ("--correction", "--correction needs --states student"),
+        ("--env-ids NoMaze-v0", "NoMaze"),
+        ("--env-ids CartPole-v1 CartPole-v1", "each once"),
+        ("--env-ids Pendulum-v1", "Discrete"),
+        ("--env-ids FrozenLake-v1", "vectors"),
+        ("--env-ids DistilRamp-v0 --capture-video", "can't make DistilRamp-v0"),
+        ("--num-boxes 30", "boxes"),
+        ("--temperature 0", "--temperature 0"),
+        ("--batch-size 0", "--batch-size"),
+        ("--evaluate no_such_file.pt", "can't read the checkpoint no_such_file.pt"),
+        ("--teacher-path no_such_file.pt", "can't read the checkpoint no_such_file.pt"),
+        ("--teacher-path dqn.pt --env-ids Acrobot-v1", "dqn.pt: no teacher for Acrobot-v1"),
+        ("--teacher-path other.pt", "other.pt holds no teacher"),
+        ("--evaluate other.pt", "other.pt was written by another script"),
     ],
 )
-def test_bad_flags_are_one_clear_line(tmp_path, monkeypatch, kwargs, message):
-    monkeypatch.chdir(tmp_path)
+def test_bad_flags_are_one_clear_line(tmp_path, flags, message):
+    dqn_file()
+    torch.save({"args": {"no_flag": 1}}, "other.pt")
     with pytest.raises(SystemExit, match=message) as error:
-        main(Args(**SMALL | kwargs))
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+        main(parse_args(flags.split()))
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
