@@ -777,4 +777,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")
+        sys.exit(f"stopped; python {sys.argv[0]} --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")

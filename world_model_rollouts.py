@@ -771,7 +771,8 @@ def main(args: Args) -> list[dict[str, float]]:
         if not model_free:
             firsts = data["s"][data["first"]]
             firsts = firsts[torch.randint(len(firsts), (20 * K,), generator=rng, device=device)]
-            imagined = imagined_returns(alone, agent, firsts, envs.max_steps, rng, greedy=True).mean().item()
+            imagined = imagined_returns(alone, agent, firsts, envs.max_steps, rng, greedy=True)
+            imagined = imagined.view(K, -1).mean(1).mean().item()
             metrics |= {"charts/imagined_return": imagined, "charts/gap": imagined - metrics["eval/return"]}
             metrics |= open_loop_errors(env_model, steps, rng)
         bar.update(global_step - before)
@@ -794,4 +795,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")
+        sys.exit(f"stopped; python {sys.argv[0]} --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")
