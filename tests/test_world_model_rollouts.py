@@ -532,16 +532,18 @@ def test_environments_that_are_refused(env_id, message):
 class Watched:
     """main's parts, replaced by ones that do next to nothing and note how they are called."""
 
+    module, fit_name = world_model_rollouts, "fit_networks"
+
     def __init__(self, monkeypatch, checks=()) -> None:
         self.envs, self.fits, self.keeps, self.rollouts, self.updates = [], [], [], [], []
         self.checks, self.gaps, self.evaluations, self.left = [], [], [], [*checks]
-        names = ("fit_networks", "policy_rollout", "improve_policy", "imagined_returns", "evaluate_in_reality")
+        names = ("policy_rollout", "improve_policy", "imagined_returns", "evaluate_in_reality")
         for name in (*names, "open_loop_errors", "RealEnvs"):
-            monkeypatch.setattr(world_model_rollouts, name, getattr(self, name))
-        standardize = RolloutActorCritic.standardize
-        monkeypatch.setattr(
-            RolloutActorCritic, "standardize", lambda *args, keep: self.keeps.append(keep) or standardize(*args, keep)
-        )
+            monkeypatch.setattr(self.module, name, getattr(self, name))
+        monkeypatch.setattr(self.module, self.fit_name, self.fit_networks)
+        policy = self.module.RolloutActorCritic
+        standardize = policy.standardize
+        monkeypatch.setattr(policy, "standardize", lambda *x, keep: self.keeps.append(keep) or standardize(*x, keep))
 
     def RealEnvs(self, env_id, num_envs, device, seed, noise=0.0, video=None):
         self.envs.append((num_envs, seed, noise))
@@ -594,7 +596,7 @@ def test_the_loop_collects_fits_and_measures(monkeypatch):
     assert watched.envs[2::2] == 3 * [(2, 350_000, 0.5)]  # the same episodes after each iteration
     assert [len(data["s"]) for data in watched.fits] == [21, 41, 50] and watched.keeps == [False, True, True]
     data = watched.fits[-1]
-    numbers = [*(i // 7 for i in range(21)), *(4 + i // 7 for i in range(20)), *(7 + i // 7 for i in range(9))]
+    numbers = [*(i // 7 for i in range(21)), *(3 + i // 7 for i in range(20)), *(6 + i // 7 for i in range(9))]
     assert data["episode"].tolist() == numbers
     assert torch.equal(data["first"], data["s"][:, 0] == 0)
     for row, data in zip(rows, watched.fits, strict=True):
@@ -654,7 +656,7 @@ def test_the_stopping_rule(monkeypatch, checks, kwargs, made, kept):
 
 def test_imagination_that_is_not_finite_is_named(monkeypatch):
     Watched(monkeypatch, [[math.nan] * 5])
-    with pytest.raises(SystemExit, match="iteration 1 imagines .* not finite: lower --model-learning-rate"):
+    with pytest.raises(SystemExit, match=r"iteration 1 imagines .* not finite: lower --model-learning-rate"):
         main(Args(**RAMP))
 
 
@@ -736,7 +738,7 @@ def test_ctrl_c_is_one_line(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tyro, "cli", interrupted)
-    with pytest.raises(SystemExit, match="^stopped; .* --resume runs/NAME/checkpoint.pt goes on"):
+    with pytest.raises(SystemExit, match=r"^stopped; .* --resume runs/NAME/checkpoint.pt goes on"):
         runpy.run_path(world_model_rollouts.__file__, run_name="__main__")
 
 
