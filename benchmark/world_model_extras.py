@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from typing import Literal
+from unittest import mock
 
 import torch
 import tyro
@@ -36,7 +37,7 @@ PENDULUM = "--env-id Pendulum-v1 --total-timesteps 4000 --initial-steps 600 --st
 class Args:
     what: tyro.conf.Positional[Literal["speed", "likelihood", "trajectories", "train"]]  # what is measured
     seeds: int = 5  # seeds of likelihood
-    flags: str = ""  # flags of the runs of trajectories and train, behind an equals sign
+    flags: str = ""  # flags of world_model_rollouts.py, behind an equals sign
     expert: bool = False  # train: a hand-written controller collects the first data
     true_reward: bool = False  # train: imagined steps pay the environment's own reward
 
@@ -81,7 +82,7 @@ def scores(mean: Tensor, deviation: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def likelihood(args: Args) -> list[dict]:
-    rows = []
+    rows, flags = [], wm.parse_args(shlex.split(args.flags))
     for env_id in ("CartPole-v1", "Pendulum-v1"):
         test, bounds = random_steps(env_id, 2000, 900)
         S, A = test["s"].shape[1], test["a"].shape[1]
@@ -100,7 +101,7 @@ def likelihood(args: Args) -> list[dict]:
                     else:
                         env_model = wm.EnsembleModel(K, S, A, (64, 64), True, bounds)
                         env_model.standardize(data)
-                        wm.fit_networks(env_model, data, wm.held_out_rows(data["episode"]), wm.Args(), rng)
+                        wm.fit_networks(env_model, data, wm.held_out_rows(data["episode"]), flags, rng)
                         mean, logvar = (y[..., :S].detach() for y in env_model(x.expand(K, -1, -1)))
                         variance = logvar.exp()
                     target = ((wm.targets(test) - env_model.y_mean) / env_model.y_std)[:, :S]
@@ -180,9 +181,10 @@ def train(args: Args) -> None:
             a = torch.tensor([EXPERTS[flags.env_id](row) for row in s.tolist()])
             return torch.eye(self.action_size)[a] if self.discrete else a[:, None].clamp(-1, 1)
 
-    wm.EnsembleModel = TrueReward if args.true_reward else wm.EnsembleModel
-    wm.RealEnvs = Expert if args.expert else wm.RealEnvs
-    wm.main(flags)
+    model = TrueReward if args.true_reward else wm.EnsembleModel
+    envs = Expert if args.expert else wm.RealEnvs
+    with mock.patch.multiple(wm, EnsembleModel=model, RealEnvs=envs):
+        wm.main(flags)
 
 
 if __name__ == "__main__":

@@ -120,15 +120,6 @@ def test_the_loss_is_the_gaussian_likelihood_and_the_cross_entropy():
     torch.testing.assert_close(squares.loss(x, y, s2, end), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_log_variance_is_bounded():
-    model = EnsembleModel(2, 2, 1, (), True, wide(2))
-    for bias, low, high in ((100.0, 0.4, 0.51), (-100.0, -10.01, -9.9)):
-        with torch.no_grad():
-            model.net.biases[0][..., 3:] = bias
-        _, logvar = model(torch.zeros(2, 1, 3))
-        assert (logvar > low).all() and (logvar < high).all()
-
-
 @pytest.mark.parametrize("gaussian", [False, True])
 def test_a_linear_system_is_learned_to_its_matrices(gaussian):
     torch.manual_seed(1)
@@ -346,23 +337,6 @@ def set_tables(agent: RolloutActorCritic, logits: torch.Tensor, values: torch.Te
         agent.critic[0].weight.copy_(values[None])
 
 
-class BanditModel:
-    def step(self, s, a, rng, fixed=False):
-        return s, a @ torch.tensor([1.0, 0.0, 3.0]) + torch.randn(len(s), generator=rng), torch.ones(len(s))
-
-
-def test_policy_gradient_of_a_bandit():
-    agent, logits = RolloutActorCritic(1, 3, (), True), torch.tensor([[0.3, 0.0, -0.5]])
-    set_tables(agent, logits, torch.zeros(1))
-    batch = policy_rollout(
-        ImaginedEnvs(BanditModel().step, torch.ones(1, 1), 200_000, 5, generator()), agent, 1, generator(2)
-    )
-    assert batch["terminated"].all()
-    p, r = logits[0].softmax(0), torch.tensor([1.0, 0.0, 3.0])
-    exact = p * (r - p @ r)  # ∂/∂θ_a Σ_b p_b r_b
-    np.testing.assert_allclose(actor_gradient(agent, batch, batch["r"])[0], exact, atol=0.02)
-
-
 class TwoStateModel:
     """Action 0 stays, 1 goes over; r(s, a) below; each step ends with probability 0.2."""
 
@@ -394,6 +368,29 @@ def test_policy_gradient_of_two_states(horizon):
     exact = visits[:, None] * p * (Q - V[:, None])  # Σ_s d(s) Σ_a ∂π(a|s) Q(s, a)
     np.testing.assert_allclose(actor_gradient(agent, batch, batch["advantage"]), exact, atol=0.006)
     assert exact.abs().min() > 0.04
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e9, 0.01])
+def test_an_update_follows_the_gradient_of_the_whole_loss(max_grad_norm):
+    torch.manual_seed(1)
+    agent, rng = RolloutActorCritic(2, 3, (4,), True), generator()
+    s, a = torch.randn(6, 5, 2), torch.eye(3)[torch.randint(3, (6, 5))]
+    log_prob, entropy = agent.log_prob(agent.policy(s), a)
+    value, r = torch.randn(6, 5), torch.randn(6, 5)
+    batch = {"s": s, "a": a, "log_prob": log_prob.detach(), "value": value, "next_value": torch.zeros(6, 5), "r": r}
+    batch |= {"terminated": torch.ones(6, 5, dtype=torch.bool), "truncated": torch.zeros(6, 5, dtype=torch.bool)}
+    advantage = 2 * r - value  # of episodes of one step
+    policy_loss = -(log_prob * (advantage - advantage.mean()) / advantage.std()).mean()  # its gradient at ρ = 1
+    value_loss = ((agent.value(s) - 2 * r) ** 2).mean() / 2
+    parameters = [p for p in agent.parameters() if p is not agent.log_std]
+    gradient = torch.autograd.grad(policy_loss + 0.3 * value_loss - 0.2 * entropy.mean(), parameters)
+    norm = math.sqrt(sum(g.square().sum() for g in gradient))
+    expected = [p.detach() - g * min(1, max_grad_norm / norm) for p, g in zip(parameters, gradient, strict=True)]
+    args = Args(update_epochs=1, num_minibatches=1, vf_coef=0.3, ent_coef=0.2, max_grad_norm=max_grad_norm)
+    losses = improve_policy(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, 2.0, args, rng)
+    for p, x in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.detach(), x, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses[1:], torch.stack([value_loss, entropy.mean()]).detach())
 
 
 def test_the_value_behind_a_truncation_is_that_of_the_true_last_state():
@@ -537,6 +534,7 @@ class Watched:
     def __init__(self, monkeypatch, checks=()) -> None:
         self.envs, self.fits, self.keeps, self.rollouts, self.updates = [], [], [], [], []
         self.checks, self.gaps, self.evaluations, self.left = [], [], [], [*checks]
+        self.random_actions = 0
         names = ("policy_rollout", "improve_policy", "imagined_returns", "evaluate_in_reality")
         for name in (*names, "open_loop_errors", "RealEnvs"):
             monkeypatch.setattr(self.module, name, getattr(self, name))
@@ -547,7 +545,14 @@ class Watched:
 
     def RealEnvs(self, env_id, num_envs, device, seed, noise=0.0, video=None):
         self.envs.append((num_envs, seed, noise))
-        return RealEnvs(env_id, num_envs, device, seed, noise, video)
+        envs = RealEnvs(env_id, num_envs, device, seed, noise, video)
+        random_action, envs.random_action = envs.random_action, self.random_action
+        self.draw = random_action
+        return envs
+
+    def random_action(self, s, rng):
+        self.random_actions += 1
+        return self.draw(s, rng)
 
     def fit_networks(self, env_model, data, held_out, args, rng):
         torch.testing.assert_close(env_model.x_mean[:2], data["s"].mean(0))
@@ -591,6 +596,7 @@ def test_the_loop_collects_fits_and_measures(monkeypatch):
     watched = Watched(monkeypatch)
     rows = main(Args(**RAMP, seed=3, action_noise=0.5))
     assert [row["global_step"] for row in rows] == [21, 41, 50]  # the last iteration is cut at the end
+    assert watched.random_actions == 21  # in the first iteration only
     collected = [(1, 300_001, 0.5), (1, 300_002, 0.5), (1, 300_003, 0.5)]
     assert watched.envs[:2] == [(1, 300_000, 0.5), collected[0]] and watched.envs[3::2] == collected[1:]
     assert watched.envs[2::2] == 3 * [(2, 350_000, 0.5)]  # the same episodes after each iteration
