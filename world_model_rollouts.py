@@ -1,22 +1,21 @@
 """World models and training in imagination: fit M(s, a) = (s', r, end) to real transitions, then train on its rollouts.
 Kurutach et al. 2018 (ME-TRPO, arXiv 1802.10592), its ensemble of Gaussian networks from Chua et al. 2018 (PETS, arXiv
-1805.12114); the Gaussian process after Deisenroth & Rasmussen 2011 (PILCO). Policy: Schulman et al. 2017 (PPO).
+1805.12114). Policy: Schulman et al. 2017 (PPO).
 
 Three steps, repeated: collect with the current policy (at first a random one), fit the model to all data, improve the
 policy on thousands of imagined episodes at once. Only the first costs real steps. `--iterations 1` is the plain recipe:
-one data set, one model, one policy.
+one data set, one model, one policy. `--model real` is the model-free counterpart: the same PPO on real environments.
 
-Different from ME-TRPO: PPO for TRPO, Gaussian heads, reward (but for `--true-reward`) and termination are learned too,
-and imagined episodes are cut at a horizon with a value behind it.
+Different from ME-TRPO: PPO for TRPO, Gaussian heads, reward and termination are learned too, and imagined episodes are
+cut at a horizon with a value behind it.
 
     python world_model_rollouts.py                                     # CartPole-v1 in 1,000 real steps
     python world_model_rollouts.py --env-id Pendulum-v1 --total-timesteps 4000 --initial-steps 600
-    python world_model_rollouts.py --model gp --num-envs 200 --total-timesteps 500   # a Gaussian process
     python world_model_rollouts.py --model real --num-envs 8 --num-steps 128 --total-timesteps 300000   # model-free
     python world_model_rollouts.py --evaluate runs/NAME/agent.pt
 
 Shapes: `K` members of the ensemble, `B` batch or imagined environments, `T` steps, `S` features of a state, `A` of an
-action (one-hot, or in units of its bounds), `O` = S + 1 predicted numbers (Δs, r), `N` points of data.
+action (one-hot, or in units of its bounds), `O` = S + 1 predicted numbers (Δs, r), `N` real transitions.
 """
 
 import contextlib
@@ -30,9 +29,9 @@ import random
 import re
 import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -54,30 +53,21 @@ class Args:
     track: bool = False  # track the run in Weights and Biases
     wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
     wandb_entity: str | None = None  # the Weights and Biases team
-    capture_video: bool = False  # with --evaluate: film an episode into videos/<run_name>
-    save_model: bool = False  # write runs/<run_name>/agent.pt after every iteration
+    capture_video: bool = False  # with --evaluate: film an episode into the folder videos beside the file
+    save_model: bool = True  # write runs/<run_name>/agent.pt at the end
 
     # Algorithm specific arguments
     env_id: str = "CartPole-v1"  # vector states; discrete or bounded continuous actions
-    model: Literal["deterministic", "ensemble", "gp", "real"] = "ensemble"  # real: PPO without a model
+    model: Literal["deterministic", "ensemble", "real"] = "ensemble"  # ensemble: Gaussian; real: PPO without a model
     total_timesteps: int = 1000  # real steps; evaluations don't count
     iterations: int | None = None  # stop after so many iterations; 1: the plain recipe, on one fixed data set
     initial_steps: int = 200  # real steps of the first iteration
     steps_per_iteration: int = 200  # real steps of each later one
-    behavior: str = "random"  # what collects the first data: random, expert (hand-written), or PATH of an agent.pt
-    data: str | None = None  # take the first data from this .npz instead
-    save_data: str | None = None  # write all data to this .npz
     action_noise: float = 0.0  # of the real environment: probability of a random action, or deviation
     ensemble_size: int = 5  # networks K; 1: a single model
     model_hidden: tuple[int, ...] = (64, 64)  # units of the networks' hidden layers
     model_learning_rate: float = 2e-3  # learning rate of the networks
-    model_batch_size: int = 128  # transitions of an update of the networks
     model_epochs: int = 300  # most epochs of a fit
-    model_patience: int = 20  # epochs without a better validation loss before a fit ends
-    validation_share: float = 0.2  # share of the episodes that is held out from a fit
-    gp_points: int = 400  # most points of the Gaussian process; a random subset of more
-    gp_steps: int = 100  # gradient steps on its marginal likelihood
-    true_reward: bool = False  # imagined steps pay the environment's own reward, not the one that the model has learned
     sample_member: Literal["step", "trajectory"] = "step"  # when a member is drawn
     start_states: Literal["visited", "initial"] = "visited"  # where imagined episodes start
     horizon: int = 100  # most steps of an imagined episode
@@ -90,8 +80,7 @@ class Args:
     learning_rate: float = 1e-3  # learning rate of PPO
     anneal_lr: bool = False  # let it fall to zero over the real steps
     hidden: tuple[int, ...] = (32, 32)  # units of the hidden layers of actor and critic
-    normalize_states: bool = True  # let actor and critic read states in units of their spread
-    reward_scale: float | None = None  # factor on rewards (default: (1 - gamma) / mean |r|)
+    reward_scale: float | None = None  # factor on rewards (default: (1 - gamma) / mean |r|; 1 with --model real)
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the advantages
     num_minibatches: int = 5  # minibatches of an epoch of PPO
@@ -103,7 +92,7 @@ class Args:
     max_grad_norm: float = 0.5  # clip gradients at this norm
     eval_episodes: int = 50  # episodes of the evaluation after each iteration, with greedy actions
     stop_return: float | None = None  # stop once an evaluation reaches this mean return
-    resume: str | None = None  # continue from this agent.pt, with its flags; --total-timesteps may be raised
+    resume: str | None = None  # continue from this checkpoint.pt, with its flags; others beside it override them
     evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
 
 
@@ -214,19 +203,6 @@ def saved_args(path: str) -> Any:
         sys.exit(f"{path} was written by another script, or another version of this one")
 
 
-def resumed_args(args: Any, path: str) -> Any:
-    """The `Args` of a checkpoint, under those of `args` that may stand beside it; exits if others were given."""
-    free = {"resume", "evaluate", "track", "capture_video"}  # never the checkpoint's
-    beside = free | {"total_timesteps", "eval_episodes", "cuda", "wandb_project_name", "wandb_entity"}
-    typed = {re.sub(r"^--(no-)?|=.*", "", word).replace("-", "_") for word in sys.argv if word.startswith("--")}
-    names = [field.name for field in fields(Args)]
-    given = {name for name in names if name in typed or getattr(args, name) != getattr(Args(), name)}
-    if wrong := given - beside:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(wrong))
-        sys.exit(f"{flags}: {path} brings its own flags, leave these out")
-    return replace(saved_args(path), **{name: getattr(args, name) for name in free | given})
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next tensors: page faults cost more than small networks' arithmetic."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
@@ -254,32 +230,6 @@ def generalized_advantages(
 # ------------------------------------------------------------------------------------------------------ environments
 
 
-def swing_up(o: np.ndarray) -> float:
-    """Pendulum: pump energy until it suffices, then hold the top."""
-    angle, energy = math.atan2(o[1], o[0]), o[2] ** 2 / 2 + 15 * (o[0] - 1)
-    return -(12 * angle + 3 * o[2]) / 2 if abs(angle) < 0.5 else math.copysign(1, -o[2] if energy > 0.5 else o[2])
-
-
-# Hand-written controllers for `--behavior expert`: observation -> action (continuous ones in units of the bounds)
-EXPERTS: dict[str, Callable[[np.ndarray], float]] = {
-    "CartPole-v1": lambda o: int(o[2] + 0.3 * o[3] + 0.03 * o[0] + 0.06 * o[1] > 0),
-    "Pendulum-v1": swing_up,
-    "Acrobot-v1": lambda o: 0 if o[4] > 0 else 2,
-}
-
-
-# The environments' own rewards for `--true-reward`, of tensors: (..., S), (..., A), (..., S) -> (...)
-TRUE_REWARDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "CartPole-v1": lambda s, a, s2: torch.ones_like(s[..., 0]),
-    "Pendulum-v1": lambda s, a, s2: (  # -(θ² + θ̇² / 10 + torque² / 1000), the torque in ±2
-        -(torch.atan2(s[..., 1], s[..., 0]) ** 2 + 0.1 * s[..., 2] ** 2 + 0.001 * (2 * a[..., 0]) ** 2)
-    ),
-    "Acrobot-v1": lambda s, a, s2: (  # -1, and 0 for the step that ends: -cos θ1 - cos(θ1 + θ2) > 1
-        (s2[..., 1] * s2[..., 3] - s2[..., 0] * (1 + s2[..., 2]) > 1).float() - 1
-    ),
-}
-
-
 class RealEnvs:
     """B copies of a gymnasium environment. A finished one is reset at once; `step` still gives the true next state.
 
@@ -289,54 +239,64 @@ class RealEnvs:
     def __init__(
         self, env_id: str, num_envs: int, device: torch.device, seed: int, noise: float = 0.0, video: str | None = None
     ) -> None:
-        kwargs = {"render_mode": "rgb_array"} if video else {}
+        # np.array makes a copy: some environments return the same array again and again
+        wrappers: list[Any] = [lambda env: gym.wrappers.TransformObservation(env, np.array, None)]
+        mode, kwargs = gym.vector.AutoresetMode.SAME_STEP, {"disable_env_checker": True}
+        if video:
+            wrappers.append(lambda env: gym.wrappers.RecordVideo(env, video, lambda episode: episode == 0))
+            kwargs["render_mode"] = "rgb_array"
         try:
-            self.envs = [gym.make(env_id, disable_env_checker=True, **kwargs) for _ in range(num_envs)]
-            if video:
-                self.envs[0].reset()
-                self.envs[0].render()  # what is missing for it is said here
-                self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], video)
+            self.envs = gym.make_vec(env_id, num_envs, "sync", {"autoreset_mode": mode}, wrappers, **kwargs)
+            s, _ = self.envs.reset(seed=seed)
         except (gym.error.Error, ValueError, TypeError, ImportError) as e:
             sys.exit(f"can't make --env-id {env_id}: {str(e).splitlines()[0]}")
         self.device, self.noise, self.rng = device, noise, np.random.default_rng(seed)
-        states, actions = self.envs[0].observation_space, self.envs[0].action_space
+        states, actions = self.envs.single_observation_space, self.envs.single_action_space
         self.discrete = isinstance(actions, gym.spaces.Discrete)
         bounded = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.is_bounded()
         if not (isinstance(states, gym.spaces.Box) and len(states.shape) == 1) or not (self.discrete or bounded):
             sys.exit(f"{env_id} has states {states}, actions {actions}; needed: vectors, and Discrete or bounded ones")
+        self.max_steps = self.envs.envs[0].spec.max_episode_steps
+        if not self.max_steps:
+            sys.exit(f"{env_id} has no time limit, an episode may never end: register it with max_episode_steps")
         self.state_size = states.shape[0]
         self.action_size = int(actions.n) if self.discrete else actions.shape[0]
-        self.low, self.high = (torch.as_tensor(x, device=device).float() for x in (states.low, states.high))
-        self.max_steps = self.envs[0].spec.max_episode_steps or 1000
-        self.s = self._tensor([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)])  # (B, S)
+        self.bounds = (self._tensor(states.low), self._tensor(states.high))
+        self.s = self._tensor(s)  # (B, S), where the next step starts
 
-    def _tensor(self, rows: Any) -> Tensor:
-        return torch.as_tensor(np.asarray(rows, dtype=np.float32), device=self.device)
+    def _tensor(self, x: np.ndarray) -> Tensor:
+        return torch.tensor(x, dtype=torch.float32, device=self.device)
 
     def step(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Actions (B, A) -> s' (B, S), r, terminated, truncated (B,); self.s: where the next step starts."""
-        space = self.envs[0].action_space
+        """Actions (B, A) -> s' (B, S), r, terminated, truncated (B,)."""
+        space = self.envs.single_action_space
         if self.discrete:
             random_actions, noisy = self.rng.integers(space.n, size=len(a)), self.rng.random(len(a)) < self.noise
             actions = space.start + np.where(noisy, random_actions, a.argmax(-1).cpu().numpy())
         else:
             noisy = np.clip(a.cpu().numpy() + self.noise * self.rng.standard_normal(a.shape), -1, 1)
             actions = (space.low + (noisy + 1) / 2 * (space.high - space.low)).astype(space.dtype)
-        steps = [env.step(action)[:4] for env, action in zip(self.envs, actions, strict=True)]
-        s2, r, terminated, truncated = (self._tensor(column) for column in zip(*steps, strict=True))
-        self.s = s2.clone()
-        for i in (terminated + truncated).nonzero().flatten().tolist():
-            self.s[i] = self._tensor(self.envs[i].reset()[0])
-        return s2, r, terminated.bool(), truncated.bool()
+        s2, r, terminated, truncated, info = self.envs.step(actions)
+        self.s = self._tensor(s2)
+        for i in np.flatnonzero(terminated | truncated):
+            s2[i] = info["final_obs"][i]
+        ends = torch.tensor(np.stack([terminated, truncated]), device=self.device)
+        return self._tensor(s2), self._tensor(r), ends[0], ends[1]
+
+    def random_action(self, s: Tensor, rng: torch.Generator) -> Tensor:
+        """Features (B, A) of random actions, whatever the states (B, S)."""
+        a = torch.rand(len(s), self.action_size, generator=rng, device=self.device)
+        return F.one_hot(a.argmax(1), self.action_size).float() if self.discrete else 2 * a - 1
 
 
 class ImaginedEnvs:
-    """B environments inside the model: real start states, an end by the predicted termination or the horizon."""
+    """B environments inside the model: real start states, an end by the predicted termination or the horizon.
 
-    def __init__(
-        self, env_model: Any, starts: Tensor, num_envs: int, horizon: int, rng: torch.Generator, fixed: bool = False
-    ) -> None:
-        self.env_model, self.starts, self.horizon, self.rng, self.fixed = env_model, starts, horizon, rng, fixed
+    `imagine` is the model's step: s, a, rng -> s', r, probability of the end.
+    """
+
+    def __init__(self, imagine: Any, starts: Tensor, num_envs: int, horizon: int, rng: torch.Generator) -> None:
+        self.imagine, self.starts, self.horizon, self.rng = imagine, starts, horizon, rng
         self.s = self._start_states(num_envs)  # (B, S)
         self.t = torch.zeros(num_envs, dtype=torch.long, device=starts.device)
 
@@ -344,7 +304,7 @@ class ImaginedEnvs:
         return self.starts[torch.randint(len(self.starts), (num,), generator=self.rng, device=self.starts.device)]
 
     def step(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        s2, r, end = self.env_model.step(self.s, a, self.rng, self.fixed)
+        s2, r, end = self.imagine(self.s, a, self.rng)
         terminated = torch.rand(end.shape, generator=self.rng, device=end.device) < end
         truncated = (self.t + 1 >= self.horizon) & ~terminated
         done = terminated | truncated
@@ -353,16 +313,36 @@ class ImaginedEnvs:
         return s2, r, terminated, truncated
 
 
-# ------------------------------------------------------------------------------------------------------------ models
+@torch.no_grad()
+def collect(envs: RealEnvs, act: Any, num_steps: int, first_episode: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """Rows of `num_steps` real transitions, none across a reset. `end` is terminated, not truncated."""
+    columns, episode, first = [], first_episode, True
+    for _ in range(num_steps):
+        s, a = envs.s, act(envs.s, rng)  # (1, S), (1, A)
+        s2, r, terminated, truncated = envs.step(a)
+        columns.append((s, a, s2, r, terminated.float(), torch.tensor([episode]), torch.tensor([first])))
+        first = bool(terminated | truncated)
+        episode += first
+    names = ("s", "a", "s2", "r", "end", "episode", "first")
+    return dict(zip(names, (torch.cat(x).to(envs.s.device) for x in zip(*columns, strict=True)), strict=True))
 
 
-def spreads(x: Tensor) -> Tensor:
-    """Standard deviations of the columns of x (N, ...); 1 where nothing varies."""
-    std = x.std(0)
-    return torch.where(std > 1e-6, std, 1.0)
+def held_out_rows(episode: Tensor, share: float = 0.2) -> Tensor:
+    """Which rows (N,) are held out: an evenly spread `share` of the episodes, at least the last; of one, its end."""
+    if (episode == episode[0]).all():
+        if (N := len(episode)) < 10:
+            sys.exit(f"the data hold {N} steps of one episode, too few: more --initial-steps or --total-timesteps")
+        return torch.arange(N, device=episode.device) >= N - max(1, min(int(N * share), N // 2))
+    held_out = ((episode + 1) * share).floor() > (episode * share).floor()
+    return held_out if held_out.any() and not held_out.all() else episode == episode.max()
+
+
+# ------------------------------------------------------------------------------------------------------------- model
 
 
 MIN_LOGVAR, MAX_LOGVAR = -10.0, 0.5  # PETS' bounds of log σ², in units of the data's spread
+MODEL_BATCH = 128  # transitions of an update of the networks
+MODEL_PATIENCE = 20  # epochs without a better held-out loss before a fit ends
 
 
 class EnsembleMLP(nn.Module):
@@ -397,13 +377,13 @@ class EnsembleModel(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
         self.bounds = bounds
-        self.true_reward: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # instead of the learned one
         self.register_buffer("low", bounds[0].clone())
         self.register_buffer("high", bounds[1].clone())
 
     def standardize(self, data: dict[str, Tensor]) -> None:
         """Take the scales of states, changes and rewards from the data. One-hot actions stay as they are."""
-        self.x_mean[: self.S], self.x_std[: self.S] = data["s"].mean(0), spreads(data["s"])
+        std = data["s"].std(0)
+        self.x_mean[: self.S], self.x_std[: self.S] = data["s"].mean(0), torch.where(std > 1e-6, std, 1.0)
         far = 50 * self.x_std[: self.S]  # imagined states stay finite, in the space of states and in sight of the data
         self.low = torch.maximum(self.bounds[0], self.x_mean[: self.S] - far)
         self.high = torch.minimum(self.bounds[1], self.x_mean[: self.S] + far)
@@ -427,8 +407,6 @@ class EnsembleModel(nn.Module):
     def loss(self, x: Tensor, y: Tensor, s2: Tensor, end: Tensor) -> Tensor:
         """Losses (K,), means over the batch: of (Δs, r) per number, plus the cross-entropy of termination."""
         end_loss = F.binary_cross_entropy_with_logits(self.end_logit(s2), end, reduction="none").mean(1)
-        if self.net is None:  # a Gaussian process has a likelihood of its own
-            return end_loss
         mean, logvar = self(x)
         error = (mean - (y - self.y_mean) / self.y_std) ** 2
         if logvar is not None:  # -log N(y; μ, σ²) without its constant
@@ -452,16 +430,9 @@ class EnsembleModel(nn.Module):
         y = y * self.y_std + self.y_mean
         s2 = (x[..., : self.S] + y[..., :-1]).clamp(self.low, self.high)  # s' = s + Δs
         end = self.end_logit(s2).sigmoid()
-        r = self.true_reward(x[..., : self.S], x[..., self.S :], s2) if self.true_reward else y[..., -1]
         outcome = s.new_empty(len(s), self.S + 2)
-        outcome[order[: len(s)]] = torch.cat([s2, r[..., None], end[..., None]], -1).flatten(0, 1)[: len(s)]
+        outcome[order[: len(s)]] = torch.cat([s2, y[..., -1:], end[..., None]], -1).flatten(0, 1)[: len(s)]
         return outcome[:, : self.S], outcome[:, -2], outcome[:, -1]
-
-    @torch.no_grad()
-    def disagreement(self, s: Tensor, a: Tensor) -> Tensor:
-        """Epistemic uncertainty (B,): the spread of the members' means of (Δs, r), in units of the data's."""
-        mean, _ = self(torch.cat([s, a], 1).expand(self.K, -1, -1))  # (K, B, O)
-        return mean.var(0, correction=0).mean(1).sqrt()
 
 
 def targets(data: dict[str, Tensor]) -> Tensor:
@@ -471,21 +442,22 @@ def targets(data: dict[str, Tensor]) -> Tensor:
 
 def fit_networks(
     env_model: EnsembleModel, data: dict[str, Tensor], held_out: Tensor, args: Args, rng: torch.Generator
-) -> tuple[float, float, int]:
+) -> dict[str, float]:
     """Adam on the K losses until none falls any more on the held-out episodes; each member gets its best weights back.
 
     Returns: the means over the members of training loss (last epoch) and of the best held-out loss, and the epochs.
     """
     columns = (torch.cat([data["s"], data["a"]], 1), targets(data), data["s2"], data["end"])
     train, test = ([x[rows] for x in columns] for rows in (~held_out, held_out))
-    parameters = [p for p in env_model.parameters() if p.ndim == 3]  # (K, ...): not a Gaussian process' own
+    parameters, N = list(env_model.parameters()), len(train[0])
     optimizer = torch.optim.Adam(parameters, lr=args.model_learning_rate, fused=True)
-    best = torch.full((env_model.K,), math.inf, device=held_out.device)
-    weights, since, N = [p.detach().clone() for p in parameters], 0, len(train[0])
-    for epoch in range(1, args.model_epochs + 1):  # noqa: B007 (returned)
+    weights = [p.detach().clone() for p in parameters]
+    best, since, epoch = torch.full((env_model.K,), math.inf, device=held_out.device), 0, 0
+    while epoch < args.model_epochs and since < MODEL_PATIENCE:
+        epoch += 1
         order = torch.rand(env_model.K, N, generator=rng, device=held_out.device).argsort(1)  # each its own
         losses = []
-        for rows in order.split(min(args.model_batch_size, max(16, N // 8)), 1):
+        for rows in order.split(min(MODEL_BATCH, max(16, N // 8)), 1):
             batch_loss = env_model.loss(*(x[rows] for x in train))  # (K,)
             optimizer.zero_grad()
             batch_loss.sum().backward()  # the sum: each member has its own gradient
@@ -498,92 +470,11 @@ def fit_networks(
             for kept, p in zip(weights, parameters, strict=True):
                 kept.copy_(torch.where(better[:, None, None], p, kept))
         since = 0 if better.any() else since + 1
-        if since >= args.model_patience or not now.isfinite().all():
-            break
     with torch.no_grad():
         for kept, p in zip(weights, parameters, strict=True):
             p.copy_(kept)
-    return torch.stack(losses).mean().item(), (now if now.isnan().any() else best).mean().item(), epoch
-
-
-def cholesky_with_jitter(matrix: Tensor) -> Tensor:
-    """Lower factor L of symmetric matrices (O, N, N), with the smallest jitter on the diagonal that makes it work."""
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    for jitter in (0.0, 1e-8, 1e-6, 1e-4, 1e-2):
-        L, failed = torch.linalg.cholesky_ex(matrix + jitter * eye)
-        if not failed.any():
-            return L
-    sys.exit("the Gaussian process' covariance has no Cholesky factor even with a jitter of 0.01: are the data finite?")
-
-
-class GaussianProcessModel(EnsembleModel):
-    """An exact Gaussian process for each number of (Δs, r), ARD-RBF kernels; termination by a small network."""
-
-    def __init__(self, S: int, A: int, hidden: tuple[int, ...], bounds: Any) -> None:
-        super().__init__(1, S, A, hidden, False, bounds)
-        self.net = None
-        self.log_scale = nn.Parameter(torch.zeros(S + 1, S + A))  # log ℓ
-        self.log_signal = nn.Parameter(torch.zeros(S + 1))  # log σ_f
-        self.log_noise = nn.Parameter(torch.full((S + 1,), -2.0))  # log σ_n
-        for name, shape in (("points", (0, S + A)), ("alpha", (S + 1, 0)), ("inverse", (S + 1, 0, 0))):
-            self.register_buffer(name, torch.zeros(shape))
-
-    def kernel(self, x1: Tensor, x2: Tensor) -> Tensor:
-        """k(x, x') = σ_f² exp(-½ Σ_d (x_d - x'_d)² / ℓ_d²): (N, D), (M, D) -> (O, N, M)."""
-        scale = self.log_scale.exp().to(x1.dtype)[:, None]  # (O, 1, D)
-        x1, x2 = x1 / scale, x2 / scale
-        square = (x1**2).sum(-1)[:, :, None] + (x2**2).sum(-1)[:, None] - 2 * x1 @ x2.mT
-        return (2 * self.log_signal[:, None, None].to(x1.dtype) - square.clamp_min_(0) / 2).exp()
-
-    def factor(self, x: Tensor) -> Tensor:
-        """The Cholesky factor (O, N, N) of K + σ_n² I."""
-        return cholesky_with_jitter(self.kernel(x, x) + torch.diag_embed(self.noise(x)[:, None].expand(-1, len(x))))
-
-    def noise(self, x: Tensor) -> Tensor:
-        return (2 * self.log_noise).exp().to(x.dtype) + 1e-6  # (O,)
-
-    def negative_log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
-        """-log p(y | x) / N = (½ yᵀ(K + σ_n² I)⁻¹y + Σ log L_ii) / N + ½ log 2π of x (N, D), y (O, N): (O,)."""
-        L = self.factor(x)
-        z = torch.linalg.solve_triangular(L, y[..., None], upper=False).squeeze(-1)  # L⁻¹ y
-        return ((z**2).sum(1) / 2 + L.diagonal(dim1=1, dim2=2).log().sum(1)) / len(x) + math.log(2 * math.pi) / 2
-
-    def fit(self, data: dict[str, Tensor], args: Args, rng: torch.Generator) -> float:
-        """Take at most `gp_points` of the data, fit the hyperparameters, and factorise. Returns the loss."""
-        rows = torch.randperm(len(data["s"]), generator=rng, device=rng.device)[: args.gp_points]
-        x = ((torch.cat([data["s"], data["a"]], 1)[rows] - self.x_mean) / self.x_std).double()  # (N, D)
-        y = ((targets(data)[rows] - self.y_mean) / self.y_std).double().T  # (O, N)
-        parameters = [self.log_scale, self.log_signal, self.log_noise]
-        optimizer = torch.optim.Adam(parameters, lr=0.1)
-        for _ in range(args.gp_steps):
-            loss = self.negative_log_likelihood(x, y)
-            optimizer.zero_grad()
-            loss.sum().backward()
-            optimizer.step()
-        self.condition(x, y)
-        return loss.mean().item()
-
-    @torch.no_grad()
-    def condition(self, x: Tensor, y: Tensor) -> None:
-        """Keep the points (N, D), α = (K + σ_n² I)⁻¹ y (O, N), and L⁻¹ (O, N, N)."""
-        L = self.factor(x)
-        self.points, self.alpha = x, torch.cholesky_solve(y[..., None], L).squeeze(-1)
-        eye = torch.eye(len(x), dtype=x.dtype, device=x.device).expand_as(L)
-        self.inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, B, S + A) -> of an observation, the mean k*ᵀα and log(k** - k*ᵀ(K + σ_n² I)⁻¹k* + σ_n²): (1, B, O)."""
-        k = self.kernel(self.points, ((x[0] - self.x_mean) / self.x_std).double())  # (O, N, B)
-        mean = (self.alpha[:, None] @ k).squeeze(1)  # (O, B)
-        explained = (self.inverse @ k).square().sum(1)  # |L⁻¹ k*|²; in single precision k** - it is mostly rounding
-        signal = (2 * self.log_signal.double()).exp()[:, None]  # k** = σ_f²
-        variance = (signal - explained).clamp_min(0) + self.noise(mean)[:, None]
-        return mean.T[None].float(), variance.log().T[None].float()
-
-    def load_state_dict(self, state: dict[str, Tensor], **kwargs: Any) -> Any:
-        for name in ("points", "alpha", "inverse"):  # as many points as there were
-            setattr(self, name, state[name].clone())
-        return super().load_state_dict(state, **kwargs)
+    loss, validation_loss = torch.stack(losses).mean().item(), best.mean().item()
+    return {"losses/model_loss": loss, "losses/validation_loss": validation_loss, "model/epochs": epoch}
 
 
 # ------------------------------------------------------------------------------------------------------------ policy
@@ -709,86 +600,17 @@ def improve_policy(
     return total / count
 
 
-# --------------------------------------------------------------------------------------------------- data, measurements
-
-
-@torch.no_grad()
-def collect(envs: RealEnvs, act: Callable[[Tensor], Tensor], num_steps: int, first_episode: int) -> dict[str, Tensor]:
-    """Rows of `num_steps` real transitions, none across a reset. `end` is terminated, not truncated."""
-    columns, episode, first = [], first_episode, True
-    for _ in range(num_steps):
-        s, a = envs.s, act(envs.s)  # (1, S), (1, A)
-        s2, r, terminated, truncated = envs.step(a)
-        columns.append((s, a, s2, r, terminated.float(), torch.tensor([episode]), torch.tensor([first])))
-        first = bool(terminated | truncated)
-        episode += first
-    names = ("s", "a", "s2", "r", "end", "episode", "first")
-    return dict(zip(names, (torch.cat(x).to(envs.s.device) for x in zip(*columns, strict=True)), strict=True))
-
-
-def held_out_rows(episode: Tensor, share: float) -> Tensor:
-    """Which rows (N,) are held out: an evenly spread `share` of the episodes, at least the last; of one, its end."""
-    if (episode == episode[0]).all():
-        if (N := len(episode)) < 10:
-            sys.exit(f"the data hold {N} steps of one episode, too few: more --initial-steps or --total-timesteps")
-        return torch.arange(N, device=episode.device) >= N - max(1, min(int(N * share), N // 2))
-    held_out = ((episode + 1) * share).floor() > (episode * share).floor()
-    return held_out if held_out.any() and not held_out.all() else episode == episode.max()
-
-
-def save_data(path: str, data: dict[str, Tensor], env_id: str) -> None:
-    temporary = pathlib.Path(path + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, env_id=np.array(env_id), **{name: x.cpu().numpy() for name, x in data.items()})
-        os.replace(temporary, path)
-    except OSError as e:
-        sys.exit(f"can't write {path}: {e.strerror}")
-
-
-def load_data(path: str, env_id: str, envs: RealEnvs) -> dict[str, Tensor]:
-    """What `save_data` wrote; exits if it is unreadable, damaged, of another environment, empty or not finite."""
-    kinds = dict.fromkeys(("s", "a", "s2", "r", "end"), np.float32) | {"episode": np.int64, "first": bool}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data, other = {name: np.asarray(file[name], kind) for name, kind in kinds.items()}, str(file["env_id"])
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror or 'no .npz file'}")
-    except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
-        sys.exit(f"{path} is damaged, or no data set of --save-data: collect one, or take an older copy")
-    if other != env_id:
-        sys.exit(f"{path} holds steps of {other}: give --env-id {other}, or a data set of {env_id}")
-    N = data["s"].shape[0] if data["s"].ndim == 2 else 0
-    widths = {"s": (N, envs.state_size), "s2": (N, envs.state_size), "a": (N, envs.action_size)}
-    if any(x.shape != widths.get(name, (N,)) for name, x in data.items()) or not N or not data["first"].any():
-        sys.exit(f"{path} is {'empty' if not N else 'damaged: its arrays do not fit together'}: collect another one")
-    if not all(np.isfinite(x).all() for x in data.values()):
-        sys.exit(f"{path} holds numbers that are not finite: collect another one")
-    return {name: torch.as_tensor(x, device=envs.device) for name, x in data.items()}
-
-
 @torch.no_grad()
 def imagined_returns(
-    env_model: EnsembleModel, agent: RolloutActorCritic, s: Tensor, horizon: int, rng: torch.Generator, greedy: bool
+    imagine: Any, agent: RolloutActorCritic, s: Tensor, horizon: int, rng: torch.Generator, greedy: bool
 ) -> Tensor:
-    """Mean undiscounted return (K,) of imagined episodes from s (K * M, S), M of them inside each member alone.
-
-    A step counts with the probability that its episode got so far.
-    """
+    """Undiscounted returns (B,) of imagined episodes from s. A step counts by the probability that it is reached."""
     total, alive = torch.zeros(len(s), device=s.device), torch.ones(len(s), device=s.device)
     for _ in range(horizon):
-        s, r, end = env_model.step(s, agent.act(s, None if greedy else rng), rng, fixed=True)
+        s, r, end = imagine(s, agent.act(s, None if greedy else rng), rng)
         total += alive * r
         alive *= 1 - end
-    return total.unflatten(0, (env_model.K, -1)).mean(1)
-
-
-def refuse_nonfinite(x: Tensor, iteration: int) -> None:
-    if not x.isfinite().all():
-        sys.exit(
-            f"the model imagines states or rewards that are not finite, in iteration {iteration}: lower "
-            "--model-learning-rate or --horizon; the last checkpoint is good"
-        )
+    return total
 
 
 @torch.no_grad()
@@ -805,12 +627,10 @@ def evaluate_in_reality(envs: RealEnvs, agent: RolloutActorCritic) -> tuple[np.n
 
 
 @torch.no_grad()
-def open_loop_errors(
-    env_model: EnsembleModel, steps: dict[str, Tensor], horizons: tuple[int, ...], rng: torch.Generator
-) -> dict[str, float]:
+def open_loop_errors(env_model: Any, steps: dict[str, Tensor], rng: torch.Generator) -> dict[str, float]:
     """Errors of s_h, imagined from s_0 under the recorded actions: root mean square, in units of the data's spread."""
-    s, errors = steps["s"][0], {}
-    for h in range(1, min(max(horizons), len(steps["s"])) + 1):
+    s, errors, horizons = steps["s"][0], {}, (1, 5, 10, 20, 50, 100, 200, 500)
+    for h in range(1, min(500, len(steps["s"])) + 1):
         s, _, _ = env_model.step(s, steps["a"][h - 1], rng)
         if h in horizons and (alive := steps["alive"][h - 1]).any():
             error = (s - steps["s2"][h - 1])[alive] / env_model.x_std[: env_model.S]
@@ -818,149 +638,111 @@ def open_loop_errors(
     return errors
 
 
-def check_world_model_rollouts(args: Args) -> None:
-    for low, high, names in (
-        (1, math.inf, "total_timesteps iterations steps_per_iteration ensemble_size model_hidden model_epochs hidden"),
-        (1, math.inf, "model_batch_size model_patience gp_steps horizon policy_updates check_frequency check_patience"),
-        (1, math.inf, "num_envs num_steps num_minibatches update_epochs eval_episodes"),
-        (2, math.inf, "initial_steps"),
-        (2, 500, "gp_points"),  # an exact Gaussian process costs their cube
-        (0, math.inf, "seed action_noise clip_coef max_grad_norm"),
-        (0, 1, "gamma gae_lambda improvement_share validation_share"),
-        (1e-9, math.inf, "learning_rate model_learning_rate"),
-    ):
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not all(low <= x <= high for x in np.atleast_1d(value)):  # nor what is no number
-                bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-                sys.exit(f"--{name.replace('_', '-')} {value}: must be {bounds}")
+# ------------------------------------------------------------------------------------------------------------- loop
+
+
+def load_parts(parts: dict[str, Any], state: dict[str, Any], path: str) -> None:
+    """Load what a file holds of these networks and optimizers; exits if it is of other sizes."""
+    try:
+        for name in parts.keys() & state.keys():
+            parts[name].load_state_dict(state[name])
+    except (RuntimeError, ValueError) as e:
+        sys.exit(f"{path} was made with another environment, or other sizes: {str(e).splitlines()[-1].strip()}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line, over the flags of the checkpoint to resume or evaluate."""
+    args = tyro.cli(Args, args=argv)
+    if path := args.resume or args.evaluate:
+        args = tyro.cli(Args, args=argv, default=saved_args(path))
+    counts = ("total_timesteps", "steps_per_iteration", "ensemble_size", "model_epochs", "horizon", "check_frequency")
+    counts += ("check_patience", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes")
+    for name in counts:
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name.replace('_', '-')} must be at least 1")
+    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1 and 0 <= args.improvement_share <= 1):
+        sys.exit("--gamma, --gae-lambda and --improvement-share must be from 0 to 1")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
-        sys.exit("--num-envs times --num-steps must give every minibatch two steps: lower --num-minibatches")
-    if args.behavior == "expert" and args.env_id not in EXPERTS:
-        sys.exit(f"there is no expert for {args.env_id}, only for {', '.join(EXPERTS)}: give the PATH of an agent.pt")
-    if args.true_reward and args.env_id not in TRUE_REWARDS:
-        sys.exit(f"--true-reward is known for {', '.join(TRUE_REWARDS)} only: leave it out, {args.env_id}'s is learned")
+        sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
+    return args
 
 
-def main(args: Args) -> list[dict[str, Any]]:
+def main(args: Args) -> list[dict[str, float]]:
     """Train, or evaluate; returns the rows of metrics."""
-    check_world_model_rollouts(args)
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    path = args.evaluate or args.resume
-    state = load_checkpoint(path, device) if path else None
-    if state is not None:
-        args = resumed_args(args, path)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}"
-    run_name = state["run_name"] if state else new_run(name)
+    path = args.resume or args.evaluate
+    state = load_checkpoint(path, device) if path else {}
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
-    real, seed = args.model == "real", 100_000 * args.seed
-    envs = RealEnvs(args.env_id, args.num_envs if real else 1, device, seed, args.action_noise)
-    S, A, bounds = envs.state_size, envs.action_size, (envs.low, envs.high)
+    model_free, seed = args.model == "real", 100_000 * args.seed
+    envs = RealEnvs(args.env_id, args.num_envs if model_free else 1, device, seed, args.action_noise)
+    S, A, K = envs.state_size, envs.action_size, args.ensemble_size
     agent = RolloutActorCritic(S, A, args.hidden, envs.discrete).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    if args.model == "gp":
-        env_model: EnsembleModel = GaussianProcessModel(S, A, args.model_hidden, bounds).to(device)
-    else:
-        gaussian = args.model == "ensemble"
-        env_model = EnsembleModel(args.ensemble_size, S, A, args.model_hidden, gaussian, bounds).to(device)
-    env_model.true_reward = TRUE_REWARDS[args.env_id] if args.true_reward else None
-    K, modules = env_model.K, {"agent": agent, "env_model": env_model, "optimizer": optimizer}
-    data: dict[str, Tensor] = {}
-    global_step, iteration, imagined_steps, minutes = 0, 0, 0, 0.0
-    if state is not None:
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        global_step, iteration = state["global_step"], state["iteration"]
-        imagined_steps, minutes, data = state["imagined_steps"], state["minutes"], state["data"]
-        rng.set_state(state["rng"].cpu())
-
-    def evaluate(first_seed: int, video: str | None = None) -> tuple[np.ndarray, dict[str, Tensor]]:
-        test_envs = RealEnvs(args.env_id, args.eval_episodes, device, first_seed, args.action_noise, video)
-        return evaluate_in_reality(test_envs, agent)
+    env_model = EnsembleModel(K, S, A, args.model_hidden, args.model == "ensemble", envs.bounds).to(device)
+    parts = {"agent": agent, "env_model": env_model, "optimizer": optimizer}
+    load_parts(parts, state, path)
+    alone = partial(env_model.step, fixed=True)  # each member by itself: in its own part of the batch
 
     if args.evaluate:  # on other episodes than those that the run was stopped on
-        returns, _ = evaluate(seed + 75_000, f"videos/{run_name}" if args.capture_video else None)
+        test_envs = RealEnvs(args.env_id, args.eval_episodes, device, seed + 75_000, args.action_noise)
+        returns, _ = evaluate_in_reality(test_envs, agent)
         half = 1.96 * returns.std() / math.sqrt(returns.size)
         print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
+        if args.capture_video:
+            folder = str(pathlib.Path(path).parent / "videos")
+            evaluate_in_reality(RealEnvs(args.env_id, 1, device, seed + 75_000, args.action_noise, folder), agent)
         return [{"eval/return": float(returns.mean())}]
-    if global_step >= args.total_timesteps:
-        sys.exit(f"{path} has had all of its {global_step} steps: --evaluate it, or give more --total-timesteps")
 
-    if args.behavior not in ("random", "expert") and iteration == 0:
-        saved = load_checkpoint(args.behavior, device)
-        try:
-            teacher = RolloutActorCritic(S, A, tuple(saved["args"].get("hidden", ())), envs.discrete).to(device)
-            teacher.load_state_dict(saved["agent"])
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
-            sys.exit(f"--behavior {args.behavior} holds no agent for {args.env_id}: train one with --save-model")
-
-    def behavior(s: Tensor) -> Tensor:
-        """Features of the action that collects the first data."""
-        if args.behavior == "random":
-            a = torch.rand(1, A, generator=rng, device=device)
-            return F.one_hot(a.argmax(1), A).float() if envs.discrete else 2 * a - 1
-        if args.behavior == "expert":
-            a = torch.tensor([EXPERTS[args.env_id](s[0].cpu().numpy())], device=device)
-            return F.one_hot(a, A).float() if envs.discrete else a.float().reshape(1, A).clamp(-1, 1)
-        return teacher.act(s, rng)
-
-    logger = Logger(args, run_name, state["rows"] if state else ())
-    num_rows = len(logger.rows)
+    # ---- everything that the loop touches; a new run, or one that goes on
+    data: dict[str, Tensor] = state.get("data", {})
+    global_step, iteration, minutes = state.get("global_step", 0), state.get("iteration", 0), state.get("minutes", 0.0)
+    if state:
+        rng.set_state(state["rng"].cpu())
+        if global_step >= args.total_timesteps:
+            sys.exit(f"{path} has had all of its {global_step} steps: --evaluate it, or give more --total-timesteps")
+    run_name = state.get("run_name") or new_run(f"{args.env_id}__{args.exp_name}__{args.seed}")
+    logger = Logger(args, run_name, state.get("rows", ()))
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" real steps", disable=not sys.stderr.isatty())
     while global_step < args.total_timesteps and iteration < (args.iterations or math.inf):
         iteration += 1
-        start, before = time.perf_counter(), global_step
-        metrics: dict[str, float] = {}
-        if not real:
-            # 1. Collect real steps D with the current policy, at first with the behaviour b, from a reset on.
-            if iteration == 1 and args.data:
-                data = load_data(args.data, args.env_id, envs)
-                global_step += len(data["s"])
-            else:
-                num_steps = args.initial_steps if iteration == 1 else args.steps_per_iteration
-                num_steps = min(num_steps, args.total_timesteps - global_step)
-                envs = RealEnvs(args.env_id, 1, device, seed + iteration, args.action_noise)
-                act = behavior if iteration == 1 else lambda s: agent.act(s, rng)
-                new = collect(envs, act, num_steps, int(data["episode"][-1]) + 1 if data else 0)
-                data = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
-                global_step += num_steps
-                metrics["charts/episodic_return"] = (new["r"].sum() / new["first"].sum()).item()
-                metrics["charts/episodic_length"] = len(new["r"]) / new["first"].sum().item()
-            if args.save_data:
-                save_data(args.save_data, data, args.env_id)
+        start, before, metrics = time.perf_counter(), global_step, {}
+        scale, training_envs = args.reward_scale or 1.0, envs
+        if not model_free:
+            # 1. Collect real steps D with the current policy, at first with a random one, from a reset on
+            num_steps = args.initial_steps if iteration == 1 else args.steps_per_iteration
+            num_steps = min(num_steps, args.total_timesteps - global_step)
+            envs = RealEnvs(args.env_id, 1, device, seed + iteration, args.action_noise)
+            act = agent.act if data else envs.random_action
+            new = collect(envs, act, num_steps, int(data["episode"][-1]) + 1 if data else 0, rng)
+            data = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
+            global_step += num_steps
+            metrics["charts/episodic_return"] = (new["r"].sum() / new["first"].sum()).item()
+            metrics["charts/episodic_length"] = len(new["r"]) / new["first"].sum().item()
 
-            # 2. Fit the model M(s, a) = (s', r, end), some episodes held out.
-            held_out = held_out_rows(data["episode"], args.validation_share)
+            # 2. Fit the model M(s, a) = (s', r, end), some episodes held out
             env_model.standardize(data)
-            if args.normalize_states:
-                agent.standardize(env_model.x_mean[:S], env_model.x_std[:S], keep=iteration > 1)
-            model_loss, validation_loss, metrics["model/epochs"] = fit_networks(env_model, data, held_out, args, rng)
-            if not math.isfinite(model_loss + validation_loss):
-                sys.exit(f"the model's loss is {model_loss} in iteration {iteration}: lower --model-learning-rate")
-            metrics |= {"losses/model_loss": model_loss, "losses/validation_loss": validation_loss}
-            if args.model == "gp":
-                metrics["losses/gp_loss"] = env_model.fit(data, args, rng)
-        metrics["charts/fit_seconds"] = time.perf_counter() - start
+            agent.standardize(env_model.x_mean[:S], env_model.x_std[:S], keep=iteration > 1)
+            metrics |= fit_networks(env_model, data, held_out_rows(data["episode"]), args, rng)
+
+            starts = data["s"] if args.start_states == "visited" else data["s"][data["first"]]
+            imagine = partial(env_model.step, fixed=args.sample_member == "trajectory")
+            training_envs = ImaginedEnvs(imagine, starts, args.num_envs, args.horizon, rng)
+            check_starts = starts[torch.randint(len(starts), (40 * K,), generator=rng, device=device)]
+            best_returns, failures, improved = torch.full((K,), -math.inf, device=device), 0, False
+            scale = args.reward_scale or (1 - args.gamma) / max(data["r"].abs().mean().item(), 1e-6)
 
         # 3. Improve the policy: J(θ) = E_τ[R(τ)] over imagined τ = s_0 →π a_0 →M s_1 → ...
-        training_envs, scale = envs, args.reward_scale
-        if scale is None:
-            scale = 1.0 if real else (1 - args.gamma) / max(data["r"].abs().mean().item(), 1e-6)
-        if not real:
-            starts = data["s"] if args.start_states == "visited" else data["s"][data["first"]]
-            keep = args.sample_member == "trajectory"
-            training_envs = ImaginedEnvs(env_model, starts, args.num_envs, args.horizon, rng, keep)
-            check_starts = starts[torch.randint(len(starts), (40 * K,), generator=rng, device=device)]
-            best, best_returns = None, torch.full((K,), -math.inf, device=device)
-        losses, rollout_seconds, failures, improved = [], 0.0, 0, False
+        losses, best = [], {}
         for update in range(args.policy_updates + 1):
-            if not real and (update % args.check_frequency == 0 or update == args.policy_updates):
+            if not model_free and (update % args.check_frequency == 0 or update == args.policy_updates):
                 # Stop when the imagined return has grown under fewer than 70 % of the members, and go back to the best
                 check_rng = torch.Generator(device).manual_seed(args.seed)  # the same luck at each check
-                returns = imagined_returns(env_model, agent, check_starts, envs.max_steps, check_rng, False)
-                refuse_nonfinite(returns, iteration)
+                returns = imagined_returns(alone, agent, check_starts, envs.max_steps, check_rng, greedy=False)
+                returns = returns.view(K, -1).mean(1)  # (K,)
+                if not returns.isfinite().all():
+                    sys.exit(f"iteration {iteration} imagines numbers that are not finite: lower --model-learning-rate")
                 failures += 1
                 if (returns > best_returns).float().mean() >= args.improvement_share:
                     failures, improved, best_returns = 0, update > 0, returns
@@ -968,53 +750,49 @@ def main(args: Args) -> list[dict[str, Any]]:
                     best = {name: x.clone() for name, x in agent.state_dict().items() if "critic" not in name}
                 elif failures >= args.check_patience and improved:
                     break
-            if update == args.policy_updates or (real and global_step >= args.total_timesteps):
+            if update == args.policy_updates or (model_free and global_step >= args.total_timesteps):
                 break
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.0, 1 - global_step / args.total_timesteps)
-            rollout_start = time.perf_counter()
             batch = policy_rollout(training_envs, agent, args.num_steps, rng)
-            refuse_nonfinite(torch.cat([batch["s2"], batch["r"][..., None]], -1), iteration)
-            rollout_seconds += time.perf_counter() - rollout_start
             losses.append(improve_policy(agent, optimizer, batch, scale, args, rng))
-            global_step += args.num_envs * args.num_steps if real else 0
-        if not real and args.improvement_share > 0:
-            agent.load_state_dict(best, strict=False)
+            if model_free:
+                global_step += args.num_envs * args.num_steps
+        agent.load_state_dict(best, strict=False)
         minutes += (time.perf_counter() - start) / 60
 
-        # 4. Measure: the real return, and what the model gets wrong on episodes that it never saw.
-        returns, steps = evaluate(seed + 50_000)
+        # 4. Measure: the real return, and what the model gets wrong on episodes that it never saw
+        test_envs = RealEnvs(args.env_id, args.eval_episodes, device, seed + 50_000, args.action_noise)
+        returns, steps = evaluate_in_reality(test_envs, agent)
         metrics |= {"eval/return": float(returns.mean()), "charts/policy_updates": update, "charts/minutes": minutes}
         if losses:
             names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
             metrics |= dict(zip(names, torch.stack(losses).mean(0).tolist(), strict=True))
-        if real:
-            metrics["charts/SPS"] = (global_step - before) / (time.perf_counter() - start)
-        else:
+        if not model_free:
             firsts = data["s"][data["first"]]
             firsts = firsts[torch.randint(len(firsts), (20 * K,), generator=rng, device=device)]
-            imagined = imagined_returns(env_model, agent, firsts, envs.max_steps, rng, True).mean().item()
+            imagined = imagined_returns(alone, agent, firsts, envs.max_steps, rng, greedy=True)
+            imagined = imagined.view(K, -1).mean(1).mean().item()
             metrics |= {"charts/imagined_return": imagined, "charts/gap": imagined - metrics["eval/return"]}
-            metrics |= open_loop_errors(env_model, steps, (1, 5, 10, 20, 50, 100, 200, 500), rng)
-            s, a = (steps[name][steps["alive"]][::10] for name in ("s", "a"))
-            metrics["model/disagreement"] = env_model.disagreement(s, a).mean().item()
-            now_imagined = update * args.num_envs * args.num_steps
-            imagined_steps += now_imagined
-            metrics["charts/imagined_steps"] = imagined_steps
-            metrics["charts/imagined_steps_per_second"] = now_imagined / max(rollout_seconds, 1e-9)
+            metrics |= open_loop_errors(env_model, steps, rng)
         bar.update(global_step - before)
         logger.log(global_step, metrics)
-        if args.save_model:
-            state = {name: module.state_dict() for name, module in modules.items()}
-            state |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "iteration": iteration}
-            state |= {"rows": logger.rows, "imagined_steps": imagined_steps, "minutes": minutes}
-            save_checkpoint(logger.path.with_name("agent.pt"), state | {"data": data, "rng": rng.get_state()})
+        state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(replace(args, resume=None))}
+        state |= {"run_name": run_name, "rows": logger.rows, "global_step": global_step, "iteration": iteration}
+        state |= {"minutes": minutes, "data": data, "rng": rng.get_state()}
+        save_checkpoint(logger.path.with_name("checkpoint.pt"), state)
         if args.stop_return is not None and metrics["eval/return"] >= args.stop_return:
             break
     bar.close()
     logger.close()
-    return logger.rows[num_rows:]
+    if args.save_model:
+        save_checkpoint(logger.path.with_name("agent.pt"), {"args": state["args"], "agent": state["agent"]})
+        print(f"to measure it again: python {sys.argv[0]} --evaluate runs/{run_name}/agent.pt")
+    return logger.rows
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; python {sys.argv[0]} --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")

@@ -1,7 +1,7 @@
 """README, docs and I2A's benchmark programs: every command is run, with a budget that lets it end in seconds.
 
 A command runs in a copy of the repository (so that nothing is written here), with its own flags and behind them those
-of TINY, which override them. What it reads (runs/NAME/agent.pt, expert.npz, levels) is made by tiny runs first. What
+of TINY, which override them. What it reads (runs/NAME/agent.pt, levels) is made by tiny runs first. What
 can't be run stands in NOT_RUN with the reason. tests/test_docs.py says what counts as a command.
 """
 
@@ -30,7 +30,9 @@ TINY = {
     "dyna_q.py": "--total-timesteps 300 --log-frequency 100",
     "dyna_dqn.py": "--total-timesteps 60 --learning-starts 20 --eval-frequency 30 --eval-episodes 1 --batch-size 16",
     "world_model_rollouts.py": "--total-timesteps 40 --initial-steps 40 --steps-per-iteration 20 --model-epochs 2 "
-    "--gp-steps 2 --num-envs 8 --num-steps 4 --num-minibatches 2 --policy-updates 1 --eval-episodes 2",
+    "--num-envs 8 --num-steps 4 --num-minibatches 2 --policy-updates 1 --eval-episodes 2",
+    "world_model_gp.py": "--total-timesteps 40 --initial-steps 40 --model-epochs 2 --gp-steps 2 --num-envs 8 "
+    "--num-steps 4 --num-minibatches 2 --policy-updates 1 --eval-episodes 2",
     "i2a.py": "--total-timesteps 1128 --num-envs 8 --model-frames 1000 --model-steps 2 --eval-episodes 4 "
     "--num-steps 8 --max-episode-steps 8",
     "i2a.py --preset paper": "--total-timesteps 1008 --num-envs 2 --num-steps 2 --model-frames 1000 --model-steps 1 "
@@ -91,11 +93,26 @@ PROGRAMS = {
         "benchmark/results/i2a_throughput.csv",
     ),
     "benchmark/level_statistics.py": ("--num-levels 50", "benchmark/results/level_statistics.csv"),
-    "benchmark/world_model_runs.py": (
-        "--report-only",
+    "benchmark/world_model_figures.py": (
+        "",
         "benchmark/results/world_model_summary.csv docs/world_model_curves.png docs/world_model_limits.png",
     ),
     "benchmark/overview.py": ("", "docs/overview.png"),
+    "benchmark/world_model_extras.py speed": ("", "benchmark/results/world_model_speed.csv"),
+    "benchmark/world_model_extras.py likelihood": (
+        "--seeds 1 --flags='--model-epochs 1'",
+        "benchmark/results/world_model_likelihood.csv",
+    ),
+    "benchmark/world_model_extras.py trajectories": (
+        "--flags='--total-timesteps 40 --initial-steps 40 --model-epochs 2 --num-envs 8 --num-steps 4 "
+        "--num-minibatches 2 --policy-updates 1 --eval-episodes 2'",
+        "benchmark/results/world_model_trajectories.csv",
+    ),
+    "benchmark/world_model_extras.py train": (
+        "--flags='--total-timesteps 40 --initial-steps 40 --model-epochs 2 --num-envs 8 --num-steps 4 "
+        "--num-minibatches 2 --policy-updates 1 --eval-episodes 2'",
+        "runs",
+    ),
     "tools/sokoban.py render": ("--num-levels 2", "docs/sokoban_levels.png"),
 }
 NOT_RUN = {
@@ -235,9 +252,6 @@ def prepare(script: str, flags: list[str], copy: pathlib.Path, trained) -> None:
             shutil.copytree(trained(source, f"--env-ids {env_id}"), copy / name, dirs_exist_ok=True)
     if "DQN/agent.pt" in flags:
         shutil.copytree(trained("dyna_dqn.py", "--env-id CartPole-v1"), copy / "DQN", dirs_exist_ok=True)
-    if "--data" in flags:
-        behavior = f"--iterations 1 --behavior expert --save-data {copy / flags[flags.index('--data') + 1]}"
-        trained(source, behavior)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in NOT_RUN and program(c) in TINY], ids=short)
@@ -246,8 +260,6 @@ def test_a_script_runs(command: str, copy: pathlib.Path, trained, monkeypatch, c
     prepare(script, flags, copy, trained)
     monkeypatch.chdir(copy)
     monkeypatch.syspath_prepend(str(copy))
-    if "--save-data" in flags:
-        pathlib.Path(flags[flags.index("--save-data") + 1]).unlink(missing_ok=True)
     training = not {"--evaluate", "--resume"} & {*flags}
     extra = TINY[program(command)] if training else EVALUATION.get(script, "") if "--evaluate" in flags else ""
     capsys.readouterr()
@@ -269,8 +281,6 @@ def test_a_script_runs(command: str, copy: pathlib.Path, trained, monkeypatch, c
         assert len(rows) > len(rows_of(copy / "runs/NAME"))
     if args.save_model:
         assert any(file.stat().st_size for file in (*folder.glob("*.pt"), *folder.glob("*.npz")))
-    if "--save-data" in flags:
-        assert (copy / flags[flags.index("--save-data") + 1]).stat().st_size
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in NOT_RUN and program(c) in PROGRAMS], ids=short)

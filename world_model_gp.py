@@ -1,0 +1,780 @@
+"""A Gaussian process as the world model, and training in imagination: for very few real steps.
+Deisenroth & Rasmussen 2011 (PILCO); Rasmussen & Williams 2006, Gaussian Processes for Machine Learning, algorithm 2.1.
+Policy: Schulman et al. 2017 (PPO).
+
+Three steps, repeated: collect with the current policy (at first a random one), fit M(s, a) = (s', r, end) to all data,
+improve the policy on imagined episodes. The process knows how sure it is: an imagined step is drawn from its posterior.
+world_model_rollouts.py does the same with networks; all but the model is the same in both.
+
+Different from PILCO: particles are drawn independently at each step, not moments matched; PPO instead of analytic
+gradients; the reward is learned too, and termination by a small network.
+
+    python world_model_gp.py                                           # CartPole-v1 in 500 real steps
+    python world_model_gp.py --env-id Pendulum-v1 --initial-steps 400 --total-timesteps 1000
+    python world_model_gp.py --evaluate runs/NAME/agent.pt
+
+Shapes: `B` batch or imagined environments, `T` steps, `S` features of a state, `A` of an action (one-hot, or in units
+of its bounds), `D` = S + A inputs, `O` = S + 1 predicted numbers (Δs, r), `N` points of data.
+"""
+
+import contextlib
+import csv
+import ctypes
+import itertools
+import math
+import os
+import pathlib
+import random
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = pathlib.Path(__file__).stem  # the name of this experiment (of this file)
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # only deterministic algorithms
+    cuda: bool = True  # use a GPU if there is one
+    track: bool = False  # track the run in Weights and Biases
+    wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
+    capture_video: bool = False  # with --evaluate: film an episode into the folder videos beside the file
+    save_model: bool = True  # write runs/<run_name>/agent.pt at the end
+
+    # Algorithm specific arguments
+    env_id: str = "CartPole-v1"  # vector states; discrete or bounded continuous actions
+    total_timesteps: int = 500  # real steps; evaluations don't count
+    initial_steps: int = 200  # real steps of the first iteration
+    steps_per_iteration: int = 100  # real steps of each later one
+    gp_points: int = 400  # most points of the Gaussian process, whose cost is their cube; a random subset of more
+    gp_steps: int = 100  # gradient steps on its marginal likelihood
+    gp_learning_rate: float = 0.1  # learning rate of these steps
+    model_learning_rate: float = 2e-3  # learning rate of the network for termination
+    model_epochs: int = 300  # most epochs of its fit
+    horizon: int = 100  # most steps of an imagined episode
+    policy_updates: int = 60  # most PPO updates in an iteration
+    check_frequency: int = 10  # PPO updates between checks of the imagined return
+    check_patience: int = 2  # consecutive checks without an improvement that end an iteration
+    num_envs: int = 200  # imagined environments B
+    num_steps: int = 50  # steps T between PPO updates
+    learning_rate: float = 1e-3  # learning rate of PPO
+    hidden: tuple[int, ...] = (32, 32)  # units of the hidden layers of actor and critic
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of the advantages
+    num_minibatches: int = 5  # minibatches of an epoch of PPO
+    update_epochs: int = 3  # epochs of PPO
+    clip_coef: float = 0.2  # how far the ratio of probabilities may go
+    clip_vloss: bool = False  # clip the value loss as well
+    ent_coef: float = 0.0  # weight of the entropy
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # clip gradients at this norm
+    eval_episodes: int = 50  # episodes of the evaluation after each iteration, with greedy actions
+    stop_return: float | None = None  # stop once an evaluation reaches this mean return
+    resume: str | None = None  # continue from this checkpoint.pt, with its flags; others beside it override them
+    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
+
+
+# ---------------------------------------------------------------------------------- utilities, the same in every script
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, numpy and torch; with `deterministic`, let torch use deterministic algorithms only."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def layer_init(layer: nn.Module, std: float = 2**0.5, bias: float = 0.0) -> nn.Module:
+    """Orthogonal weights of gain `std`, constant bias."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def new_run(name: str) -> str:
+    """Make the folder runs/<name>__<time> of a new run, with a suffix where that is taken; returns the run's name."""
+    stem = re.sub("[:/]", "-", f"{name}__{int(time.time())}")
+    try:
+        for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(f"runs/{stem}{suffix}")
+                return stem + suffix
+    except OSError as e:
+        sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")
+    sys.exit(f"runs/{stem} exists, and five more like it: wait a second")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path to write to, which takes the place of `path` when all went well; exits with a line if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        sys.exit(f"can't write {path}: {str(e).splitlines()[0]}; what stood there before is whole")
+
+
+class Logger:
+    """Metrics to `runs/<run_name>/metrics.csv`, to the terminal and, with `args.track`, to Weights and Biases.
+
+    One call of `log` is one row. `rows` go into checkpoints: a resumed run takes them up, and has each row once.
+    """
+
+    def __init__(self, args: Any, run_name: str, rows: Iterable[dict[str, float]] = ()) -> None:
+        self.path = pathlib.Path("runs") / run_name / "metrics.csv"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows, self.wandb = list(rows), None
+        if args.track:
+            import wandb
+
+            try:
+                self.wandb = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=run_name, id=run_name,
+                    resume="allow", config=vars(args), dir=str(self.path.parent),
+                )  # fmt: skip
+            except wandb.Error as e:
+                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
+        row = {"global_step": step, **metrics}
+        self.rows.append(row)
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=len(self.rows))  # a row that a resumed run writes again is dropped
+        if not sys.stderr.isatty():  # a terminal has a progress bar instead
+            print(" ".join(f"{name}={value:.6g}" for name, value in row.items()), flush=True)
+        for name, value in metrics.items():
+            if name.startswith("losses/") and not math.isfinite(value):
+                sys.exit(f"{name} is {value} at step {step}: lower the learning rate; the last checkpoint is good")
+
+    def close(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
+
+
+def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
+    """torch.save, so that a run that dies in it keeps its last checkpoint."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: str, device: str | torch.device) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged file can fail anywhere in torch's reader
+        sys.exit(f"can't read the checkpoint {path}: {e!r:.120}")
+
+
+def saved_args(path: str) -> Any:
+    """The `Args` of a checkpoint: the defaults for the flags that are given beside it."""
+    try:
+        return Args(**load_checkpoint(path, "cpu")["args"])
+    except (KeyError, TypeError):
+        sys.exit(f"{path} was written by another script, or another version of this one")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next tensors: page faults cost more than small networks' arithmetic."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD
+            libc.mallopt(option, value)
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_{t+1} + γ V(s_{t+1}) - V(s_t); all (T, B), flags bool.
+
+    λ = 1 is the n-step return: Σ_{k<n} γ^k r_{t+k+1} + γ^n V(s_{t+n}) - V(s_t). `terminated` stops the bootstrap,
+    `done` (terminated or truncated) cuts the sum; `next_values` are those of the true next observations, before resets.
+    """
+    deltas = rewards + gamma * next_values * ~terminated - values
+    result, running = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        running = deltas[t] + gamma * lam * ~done[t] * running
+        result[t] = running
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ environments
+
+
+class RealEnvs:
+    """B copies of a gymnasium environment. A finished one is reset at once; `step` still gives the true next state.
+
+    Actions are features: one-hot, or in [-1, 1] in units of the bounds.
+    """
+
+    def __init__(
+        self, env_id: str, num_envs: int, device: torch.device, seed: int, noise: float = 0.0, video: str | None = None
+    ) -> None:
+        # np.array makes a copy: some environments return the same array again and again
+        wrappers: list[Any] = [lambda env: gym.wrappers.TransformObservation(env, np.array, None)]
+        mode, kwargs = gym.vector.AutoresetMode.SAME_STEP, {"disable_env_checker": True}
+        if video:
+            wrappers.append(lambda env: gym.wrappers.RecordVideo(env, video, lambda episode: episode == 0))
+            kwargs["render_mode"] = "rgb_array"
+        try:
+            self.envs = gym.make_vec(env_id, num_envs, "sync", {"autoreset_mode": mode}, wrappers, **kwargs)
+            s, _ = self.envs.reset(seed=seed)
+        except (gym.error.Error, ValueError, TypeError, ImportError) as e:
+            sys.exit(f"can't make --env-id {env_id}: {str(e).splitlines()[0]}")
+        self.device, self.noise, self.rng = device, noise, np.random.default_rng(seed)
+        states, actions = self.envs.single_observation_space, self.envs.single_action_space
+        self.discrete = isinstance(actions, gym.spaces.Discrete)
+        bounded = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.is_bounded()
+        if not (isinstance(states, gym.spaces.Box) and len(states.shape) == 1) or not (self.discrete or bounded):
+            sys.exit(f"{env_id} has states {states}, actions {actions}; needed: vectors, and Discrete or bounded ones")
+        self.max_steps = self.envs.envs[0].spec.max_episode_steps
+        if not self.max_steps:
+            sys.exit(f"{env_id} has no time limit, an episode may never end: register it with max_episode_steps")
+        self.state_size = states.shape[0]
+        self.action_size = int(actions.n) if self.discrete else actions.shape[0]
+        self.bounds = (self._tensor(states.low), self._tensor(states.high))
+        self.s = self._tensor(s)  # (B, S), where the next step starts
+
+    def _tensor(self, x: np.ndarray) -> Tensor:
+        return torch.tensor(x, dtype=torch.float32, device=self.device)
+
+    def step(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Actions (B, A) -> s' (B, S), r, terminated, truncated (B,)."""
+        space = self.envs.single_action_space
+        if self.discrete:
+            random_actions, noisy = self.rng.integers(space.n, size=len(a)), self.rng.random(len(a)) < self.noise
+            actions = space.start + np.where(noisy, random_actions, a.argmax(-1).cpu().numpy())
+        else:
+            noisy = np.clip(a.cpu().numpy() + self.noise * self.rng.standard_normal(a.shape), -1, 1)
+            actions = (space.low + (noisy + 1) / 2 * (space.high - space.low)).astype(space.dtype)
+        s2, r, terminated, truncated, info = self.envs.step(actions)
+        self.s = self._tensor(s2)
+        for i in np.flatnonzero(terminated | truncated):
+            s2[i] = info["final_obs"][i]
+        ends = torch.tensor(np.stack([terminated, truncated]), device=self.device)
+        return self._tensor(s2), self._tensor(r), ends[0], ends[1]
+
+    def random_action(self, s: Tensor, rng: torch.Generator) -> Tensor:
+        """Features (B, A) of random actions, whatever the states (B, S)."""
+        a = torch.rand(len(s), self.action_size, generator=rng, device=self.device)
+        return F.one_hot(a.argmax(1), self.action_size).float() if self.discrete else 2 * a - 1
+
+
+class ImaginedEnvs:
+    """B environments inside the model: real start states, an end by the predicted termination or the horizon.
+
+    `imagine` is the model's step: s, a, rng -> s', r, probability of the end.
+    """
+
+    def __init__(self, imagine: Any, starts: Tensor, num_envs: int, horizon: int, rng: torch.Generator) -> None:
+        self.imagine, self.starts, self.horizon, self.rng = imagine, starts, horizon, rng
+        self.s = self._start_states(num_envs)  # (B, S)
+        self.t = torch.zeros(num_envs, dtype=torch.long, device=starts.device)
+
+    def _start_states(self, num: int) -> Tensor:
+        return self.starts[torch.randint(len(self.starts), (num,), generator=self.rng, device=self.starts.device)]
+
+    def step(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        s2, r, end = self.imagine(self.s, a, self.rng)
+        terminated = torch.rand(end.shape, generator=self.rng, device=end.device) < end
+        truncated = (self.t + 1 >= self.horizon) & ~terminated
+        done = terminated | truncated
+        self.s = torch.where(done[:, None], self._start_states(len(a)), s2)
+        self.t = torch.where(done, 0, self.t + 1)
+        return s2, r, terminated, truncated
+
+
+@torch.no_grad()
+def collect(envs: RealEnvs, act: Any, num_steps: int, first_episode: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """Rows of `num_steps` real transitions, none across a reset. `end` is terminated, not truncated."""
+    columns, episode, first = [], first_episode, True
+    for _ in range(num_steps):
+        s, a = envs.s, act(envs.s, rng)  # (1, S), (1, A)
+        s2, r, terminated, truncated = envs.step(a)
+        columns.append((s, a, s2, r, terminated.float(), torch.tensor([episode]), torch.tensor([first])))
+        first = bool(terminated | truncated)
+        episode += first
+    names = ("s", "a", "s2", "r", "end", "episode", "first")
+    return dict(zip(names, (torch.cat(x).to(envs.s.device) for x in zip(*columns, strict=True)), strict=True))
+
+
+def held_out_rows(episode: Tensor, share: float = 0.2) -> Tensor:
+    """Which rows (N,) are held out: an evenly spread `share` of the episodes, at least the last; of one, its end."""
+    if (episode == episode[0]).all():
+        if (N := len(episode)) < 10:
+            sys.exit(f"the data hold {N} steps of one episode, too few: more --initial-steps or --total-timesteps")
+        return torch.arange(N, device=episode.device) >= N - max(1, min(int(N * share), N // 2))
+    held_out = ((episode + 1) * share).floor() > (episode * share).floor()
+    return held_out if held_out.any() and not held_out.all() else episode == episode.max()
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def targets(data: dict[str, Tensor]) -> Tensor:
+    """What models predict: (Δs, r) (N, O)."""
+    return torch.cat([data["s2"] - data["s"], data["r"][:, None]], 1)
+
+
+def cholesky_with_jitter(matrix: Tensor) -> Tensor:
+    """Lower factor L of symmetric matrices (O, N, N), with the smallest jitter on the diagonal that makes it work."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for jitter in (0.0, 1e-8, 1e-6, 1e-4, 1e-2):
+        L, failed = torch.linalg.cholesky_ex(matrix + jitter * eye)
+        if not failed.any():
+            return L
+    sys.exit("the Gaussian process' covariance has no Cholesky factor even with a jitter of 0.01: are the data finite?")
+
+
+class GaussianProcessModel(nn.Module):
+    """An exact Gaussian process for each number of (Δs, r), in units of their spread; a small network for termination.
+
+    All of it in double precision: on data without noise the variance is a small difference of large numbers.
+    """
+
+    def __init__(self, S: int, A: int, bounds: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.S, self.bounds = S, bounds
+        self.log_scale = nn.Parameter(torch.zeros(S + 1, S + A))  # log ℓ
+        self.log_signal = nn.Parameter(torch.zeros(S + 1))  # log σ_f
+        self.log_noise = nn.Parameter(torch.full((S + 1,), -2.0))  # log σ_n
+        self.end_net = nn.Sequential(nn.Linear(S, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+        for name, size in (("x", S + A), ("y", S + 1)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def standardize(self, data: dict[str, Tensor]) -> None:
+        """Take the scales of states, changes and rewards from the data. One-hot actions stay as they are."""
+        std = data["s"].std(0)
+        self.x_mean[: self.S], self.x_std[: self.S] = data["s"].mean(0), torch.where(std > 1e-6, std, 1.0)
+        y = targets(data)
+        self.y_mean.copy_(y.mean(0))
+        self.y_std.copy_(y.std(0).clamp_min(1e-6))  # a constant stays one, however far the model extrapolates
+
+    def kernel(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """k(x, x') = σ_f² exp(-½ Σ_d (x_d - x'_d)² / ℓ_d²): (N, D), (M, D) -> (O, N, M)."""
+        scale = self.log_scale.exp().to(x1.dtype)[:, None]  # (O, 1, D)
+        x1, x2 = x1 / scale, x2 / scale
+        square = (x1**2).sum(-1)[:, :, None] + (x2**2).sum(-1)[:, None] - 2 * x1 @ x2.mT
+        return (2 * self.log_signal[:, None, None].to(x1.dtype) - square.clamp_min_(0) / 2).exp()
+
+    def noise(self) -> Tensor:
+        """σ_n² (O,), with a floor that the factorisation needs."""
+        return (2 * self.log_noise).exp().double() + 1e-6
+
+    def factor(self, x: Tensor) -> Tensor:
+        """The Cholesky factor (O, N, N) of K + σ_n² I."""
+        return cholesky_with_jitter(self.kernel(x, x) + torch.diag_embed(self.noise()[:, None].expand(-1, len(x))))
+
+    def negative_log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log p(y | x) / N = (½ yᵀ(K + σ_n² I)⁻¹y + Σ log L_ii) / N + ½ log 2π of x (N, D), y (O, N): (O,)."""
+        L = self.factor(x)
+        z = torch.linalg.solve_triangular(L, y[..., None], upper=False).squeeze(-1)  # L⁻¹ y
+        return ((z**2).sum(1) / 2 + L.diagonal(dim1=1, dim2=2).log().sum(1)) / len(x) + math.log(2 * math.pi) / 2
+
+    def fit(self, data: dict[str, Tensor], args: Args, rng: torch.Generator) -> float:
+        """Take at most `gp_points` of the data, fit the hyperparameters, and factorise. Returns the loss."""
+        rows = torch.randperm(len(data["s"]), generator=rng, device=rng.device)[: args.gp_points]
+        x = ((torch.cat([data["s"], data["a"]], 1)[rows] - self.x_mean) / self.x_std).double()  # (N, D)
+        y = ((targets(data)[rows] - self.y_mean) / self.y_std).double().T  # (O, N)
+        optimizer = torch.optim.Adam([self.log_scale, self.log_signal, self.log_noise], lr=args.gp_learning_rate)
+        for _ in range(args.gp_steps):
+            loss = self.negative_log_likelihood(x, y)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+        self.condition(x, y)
+        return loss.mean().item()
+
+    @torch.no_grad()
+    def condition(self, x: Tensor, y: Tensor) -> None:
+        """Keep the points (N, D), α = (K + σ_n² I)⁻¹ y (O, N), and L⁻¹ (O, N, N)."""
+        L = self.factor(x)
+        self.points, self.alpha = x, torch.cholesky_solve(y[..., None], L).squeeze(-1)
+        eye = torch.eye(len(x), dtype=x.dtype, device=x.device).expand_as(L)
+        self.inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D) -> of an observation, mean k*ᵀα and variance k** - k*ᵀ(K + σ_n² I)⁻¹k* + σ_n²: (B, O) each."""
+        k = self.kernel(self.points, ((x - self.x_mean) / self.x_std).double())  # (O, N, B)
+        mean = (self.alpha[:, None] @ k).squeeze(1)  # (O, B)
+        explained = (self.inverse @ k).square().sum(1)  # |L⁻¹ k*|²
+        signal = (2 * self.log_signal.double()).exp()[:, None]  # k** = σ_f²
+        variance = (signal - explained).clamp_min(0) + self.noise()[:, None]
+        return mean.T.float(), variance.T.float()
+
+    def end_logit(self, s2: Tensor) -> Tensor:
+        """s' (B, S) -> (B,)."""
+        return self.end_net((s2 - self.x_mean[: self.S]) / self.x_std[: self.S]).squeeze(-1)
+
+    @torch.no_grad()
+    def step(self, s: Tensor, a: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """s (B, S), a (B, A) -> s' (B, S), r (B,), drawn from the posterior, and the probability of the end (B,)."""
+        mean, variance = self(torch.cat([s, a], 1))
+        y = mean + variance.sqrt() * torch.randn(mean.shape, generator=rng, device=mean.device)
+        y = y * self.y_std + self.y_mean
+        far = 50 * self.x_std[: self.S]  # imagined states stay finite, in the space of states and in sight of the data
+        low = torch.maximum(self.bounds[0], self.x_mean[: self.S] - far)
+        high = torch.minimum(self.bounds[1], self.x_mean[: self.S] + far)
+        s2 = (s + y[:, :-1]).clamp(low, high)  # s' = s + Δs
+        return s2, y[:, -1], self.end_logit(s2).sigmoid()
+
+
+def fit_termination(
+    env_model: GaussianProcessModel, data: dict[str, Tensor], held_out: Tensor, args: Args, rng: torch.Generator
+) -> dict[str, float]:
+    """Adam on the cross-entropy of the ends until it no longer falls on the held-out episodes; keeps the best weights.
+
+    Returns the training loss (last epoch), the best held-out loss, and the epochs.
+    """
+    s2, end, N = data["s2"][~held_out], data["end"][~held_out], int((~held_out).sum())
+    parameters = list(env_model.end_net.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.model_learning_rate, fused=True)
+    best, best_weights, since, epoch = math.inf, None, 0, 0
+    while epoch < args.model_epochs and since < 20:
+        epoch += 1
+        losses = []
+        for rows in torch.rand(N, generator=rng, device=s2.device).argsort().split(min(128, max(16, N // 8))):
+            loss = F.binary_cross_entropy_with_logits(env_model.end_logit(s2[rows]), end[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        with torch.no_grad():
+            logits = env_model.end_logit(data["s2"][held_out])
+            now = F.binary_cross_entropy_with_logits(logits, data["end"][held_out]).item()
+        since += 1
+        if now < best:
+            best, since = now, 0
+            best_weights = {name: x.clone() for name, x in env_model.end_net.state_dict().items()}
+    if best_weights:
+        env_model.end_net.load_state_dict(best_weights)
+    loss = torch.stack(losses).mean().item()
+    return {"losses/model_loss": loss, "losses/validation_loss": best, "model/epochs": epoch}
+
+
+# ------------------------------------------------------------------------------------------------------------ policy
+
+
+class RolloutActorCritic(nn.Module):
+    """Actor and critic, tanh networks of their own. Continuous actions: a Gaussian around the actor's output."""
+
+    def __init__(self, S: int, A: int, hidden: tuple[int, ...], discrete: bool) -> None:
+        super().__init__()
+
+        def network(out: int, std: float) -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for n_in, n_out in itertools.pairwise([S, *hidden]):
+                layers += [layer_init(nn.Linear(n_in, n_out)), nn.Tanh()]
+            return nn.Sequential(*layers, layer_init(nn.Linear([S, *hidden][-1], out), std))
+
+        self.actor, self.critic, self.discrete = network(A, 0.01), network(1, 1.0), discrete
+        self.log_std = nn.Parameter(torch.full((A,), -0.5 if not discrete else 0.0))
+        self.register_buffer("mean", torch.zeros(S))
+        self.register_buffer("std", torch.ones(S))
+
+    @torch.no_grad()
+    def standardize(self, mean: Tensor, std: Tensor, keep: bool) -> None:
+        """Take the scales of states. `keep`: with first layers changed so that both functions stay what they were."""
+        for layer in (self.actor[0], self.critic[0]) if keep else ():
+            layer.bias += layer.weight @ ((mean - self.mean) / self.std)
+            layer.weight *= std / self.std
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def value(self, s: Tensor) -> Tensor:
+        return self.critic((s - self.mean) / self.std).squeeze(-1)
+
+    def policy(self, s: Tensor) -> Tensor:
+        """Logits, or means in units of the bounds: (..., S) -> (..., A)."""
+        return self.actor((s - self.mean) / self.std)
+
+    def sample_action(self, out: Tensor, rng: torch.Generator | None) -> Tensor:
+        """Out of the policy's output (B, A), an action (B, A): one-hot, or before clipping. Without rng: greedy."""
+        if self.discrete:
+            if rng is not None:  # argmax(logits + Gumbel noise)
+                out = out - torch.empty_like(out).exponential_(generator=rng).log_()
+            return F.one_hot(out.argmax(-1), out.shape[-1]).float()
+        if rng is not None:
+            out = out + self.log_std.exp() * torch.randn(out.shape, generator=rng, device=out.device)
+        return out
+
+    def act(self, s: Tensor, rng: torch.Generator | None) -> Tensor:
+        """An action (B, A) in s (B, S) as environments take it: one-hot, or clipped to its bounds."""
+        return self.sample_action(self.policy(s), rng).clamp(-1, 1)
+
+    def log_prob(self, out: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a | s) and the entropy, (...,) each."""
+        if self.discrete:
+            log_p = out.log_softmax(-1)
+            return (log_p * a).sum(-1), -(log_p.exp() * log_p).sum(-1)
+        normal = torch.distributions.Normal(out, self.log_std.exp(), validate_args=False)
+        return normal.log_prob(a).sum(-1), normal.entropy().sum(-1)
+
+
+@torch.no_grad()
+def policy_rollout(envs: Any, agent: RolloutActorCritic, num_steps: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """T steps of the stochastic policy in B environments, real or imagined; (T, B, ...) each."""
+    columns: list[tuple[Tensor, ...]] = []
+    for _ in range(num_steps):
+        s = envs.s
+        out = agent.policy(s)
+        a = agent.sample_action(out, rng)
+        columns.append((s, out, a, *envs.step(a.clamp(-1, 1))))
+    names = ("s", "out", "a", "s2", "r", "terminated", "truncated")
+    batch = dict(zip(names, (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
+    batch["log_prob"], _ = agent.log_prob(batch.pop("out"), batch["a"])
+    batch["value"] = agent.value(batch["s"])
+    # V(s_{t+1}) of the true next states: of a truncated episode, its own last one
+    batch["next_value"] = torch.cat([batch["value"][1:], agent.value(envs.s)[None]])
+    t, b = batch["truncated"].nonzero(as_tuple=True)
+    batch["next_value"][t, b] = agent.value(batch["s2"][t, b])
+    return batch
+
+
+def clipped_losses(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, value: Tensor, old_value: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """PPO's losses, means over the batch: -min(ρ A, clip(ρ, 1 ± ε) A), ρ = π / π_old, and ½ (V - R)², R = A + V_old.
+
+    The advantages in R are the raw ones, those of the policy loss standardised over the minibatch.
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    A = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    policy_loss = -torch.min(ratio * A, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * A).mean()
+    target = advantage + old_value
+    error = (value - target) ** 2
+    if args.clip_vloss:
+        clipped = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+        error = torch.max(error, (clipped - target) ** 2)
+    return policy_loss, error.mean() / 2
+
+
+def improve_policy(
+    agent: RolloutActorCritic, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], scale: float, args: Args,
+    rng: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Epochs of PPO on a batch of `policy_rollout`. Returns policy loss, value loss and entropy, means (3,)."""
+    done = batch["terminated"] | batch["truncated"]
+    batch["advantage"] = generalized_advantages(
+        scale * batch["r"], batch["value"], batch["next_value"], batch["terminated"], done, args.gamma, args.gae_lambda
+    )
+    names = ("s", "a", "log_prob", "value", "advantage")
+    flat, total, count = [batch[name].flatten(0, 1) for name in names], torch.zeros(3, device=done.device), 0
+    for _ in range(args.update_epochs):
+        order = torch.randperm(done.numel(), generator=rng, device=done.device)
+        for rows in order.tensor_split(args.num_minibatches):
+            s, a, old_log_prob, old_value, advantage = (x[rows] for x in flat)
+            log_prob, entropy = agent.log_prob(agent.policy(s), a)
+            losses = clipped_losses(log_prob, old_log_prob, advantage, agent.value(s), old_value, args)
+            optimizer.zero_grad()
+            (losses[0] + args.vf_coef * losses[1] - args.ent_coef * entropy.mean()).backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            total += torch.stack([*losses, entropy.mean()]).detach()
+            count += 1
+    return total / count
+
+
+@torch.no_grad()
+def imagined_returns(
+    imagine: Any, agent: RolloutActorCritic, s: Tensor, horizon: int, rng: torch.Generator, greedy: bool
+) -> Tensor:
+    """Undiscounted returns (B,) of imagined episodes from s. A step counts by the probability that it is reached."""
+    total, alive = torch.zeros(len(s), device=s.device), torch.ones(len(s), device=s.device)
+    for _ in range(horizon):
+        s, r, end = imagine(s, agent.act(s, None if greedy else rng), rng)
+        total += alive * r
+        alive *= 1 - end
+    return total
+
+
+@torch.no_grad()
+def evaluate_in_reality(envs: RealEnvs, agent: RolloutActorCritic) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """A greedy episode in each environment: the returns (B,), and its steps (T, B, ...) with their mask `alive`."""
+    alive, columns = torch.ones(len(envs.s), dtype=torch.bool, device=envs.s.device), []
+    while alive.any():
+        s, a = envs.s, agent.act(envs.s, None)
+        s2, r, terminated, truncated = envs.step(a)
+        columns.append((s, a, s2, r, alive))
+        alive = alive & ~(terminated | truncated)
+    steps = dict(zip(("s", "a", "s2", "r", "alive"), (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
+    return (steps["r"] * steps["alive"]).sum(0).cpu().numpy(), steps
+
+
+@torch.no_grad()
+def open_loop_errors(env_model: Any, steps: dict[str, Tensor], rng: torch.Generator) -> dict[str, float]:
+    """Errors of s_h, imagined from s_0 under the recorded actions: root mean square, in units of the data's spread."""
+    s, errors, horizons = steps["s"][0], {}, (1, 5, 10, 20, 50, 100, 200, 500)
+    for h in range(1, min(500, len(steps["s"])) + 1):
+        s, _, _ = env_model.step(s, steps["a"][h - 1], rng)
+        if h in horizons and (alive := steps["alive"][h - 1]).any():
+            error = (s - steps["s2"][h - 1])[alive] / env_model.x_std[: env_model.S]
+            errors[f"model/error_at_{h}"] = (error**2).mean().sqrt().item()
+    return errors
+
+
+# ------------------------------------------------------------------------------------------------------------- loop
+
+
+def load_parts(parts: dict[str, Any], state: dict[str, Any], path: str) -> None:
+    """Load what a file holds of these networks and optimizers; exits if it is of other sizes."""
+    try:
+        for name in parts.keys() & state.keys():
+            parts[name].load_state_dict(state[name])
+    except (RuntimeError, ValueError) as e:
+        sys.exit(f"{path} was made with another environment, or other sizes: {str(e).splitlines()[-1].strip()}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line, over the flags of the checkpoint to resume or evaluate."""
+    args = tyro.cli(Args, args=argv)
+    if path := args.resume or args.evaluate:
+        args = tyro.cli(Args, args=argv, default=saved_args(path))
+    counts = ("total_timesteps", "steps_per_iteration", "gp_points", "gp_steps", "model_epochs", "horizon")
+    counts += ("check_frequency", "check_patience", "num_envs", "num_steps", "num_minibatches", "eval_episodes")
+    for name in counts:
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name.replace('_', '-')} must be at least 1")
+    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
+        sys.exit("--gamma and --gae-lambda must be from 0 to 1")
+    if args.num_envs * args.num_steps < 2 * args.num_minibatches:
+        sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
+    return args
+
+
+def main(args: Args) -> list[dict[str, float]]:
+    """Train, or evaluate; returns the rows of metrics."""
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    path = args.resume or args.evaluate
+    state = load_checkpoint(path, device) if path else {}
+    seed_everything(args.seed, args.torch_deterministic)
+    rng, seed = torch.Generator(device).manual_seed(args.seed), 100_000 * args.seed
+    envs = RealEnvs(args.env_id, 1, device, seed)
+    S, A = envs.state_size, envs.action_size
+    agent = RolloutActorCritic(S, A, args.hidden, envs.discrete).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    env_model = GaussianProcessModel(S, A, envs.bounds).to(device)
+    parts = {"agent": agent, "env_model": env_model, "optimizer": optimizer}
+    load_parts(parts, state, path)
+
+    if args.evaluate:  # on other episodes than those that the run was stopped on
+        returns, _ = evaluate_in_reality(RealEnvs(args.env_id, args.eval_episodes, device, seed + 75_000), agent)
+        half = 1.96 * returns.std() / math.sqrt(returns.size)
+        print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
+        if args.capture_video:
+            folder = str(pathlib.Path(path).parent / "videos")
+            evaluate_in_reality(RealEnvs(args.env_id, 1, device, seed + 75_000, video=folder), agent)
+        return [{"eval/return": float(returns.mean())}]
+
+    # ---- everything that the loop touches; a new run, or one that goes on
+    data: dict[str, Tensor] = state.get("data", {})
+    global_step, iteration, minutes = state.get("global_step", 0), state.get("iteration", 0), state.get("minutes", 0.0)
+    if state:
+        rng.set_state(state["rng"].cpu())
+        if global_step >= args.total_timesteps:
+            sys.exit(f"{path} has had all of its {global_step} steps: --evaluate it, or give more --total-timesteps")
+    run_name = state.get("run_name") or new_run(f"{args.env_id}__{args.exp_name}__{args.seed}")
+    logger = Logger(args, run_name, state.get("rows", ()))
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" real steps", disable=not sys.stderr.isatty())
+    while global_step < args.total_timesteps:
+        iteration += 1
+        start, before = time.perf_counter(), global_step
+
+        # 1. Collect real steps D with the current policy, at first with a random one, from a reset on
+        num_steps = args.initial_steps if iteration == 1 else args.steps_per_iteration
+        num_steps = min(num_steps, args.total_timesteps - global_step)
+        envs = RealEnvs(args.env_id, 1, device, seed + iteration)
+        act = agent.act if data else envs.random_action
+        new = collect(envs, act, num_steps, int(data["episode"][-1]) + 1 if data else 0, rng)
+        data = {name: torch.cat([data[name], x]) for name, x in new.items()} if data else new
+        global_step += num_steps
+        metrics = {"charts/episodic_return": (new["r"].sum() / new["first"].sum()).item()}
+        metrics["charts/episodic_length"] = len(new["r"]) / new["first"].sum().item()
+
+        # 2. Fit the model M(s, a) = (s', r, end): the ends with some episodes held out, the process to all data
+        env_model.standardize(data)
+        agent.standardize(env_model.x_mean[:S], env_model.x_std[:S], keep=iteration > 1)
+        metrics |= fit_termination(env_model, data, held_out_rows(data["episode"]), args, rng)
+        metrics["losses/gp_loss"] = env_model.fit(data, args, rng)
+
+        # 3. Improve the policy: J(θ) = E_τ[R(τ)] over imagined τ = s_0 →π a_0 →M s_1 → ...
+        imagined_envs = ImaginedEnvs(env_model.step, data["s"], args.num_envs, args.horizon, rng)
+        check_starts = data["s"][torch.randint(global_step, (40,), generator=rng, device=device)]
+        scale = (1 - args.gamma) / max(data["r"].abs().mean().item(), 1e-6)
+        best_return, best, failures, improved, losses = -math.inf, {}, 0, False, []
+        for update in range(args.policy_updates + 1):
+            if update % args.check_frequency == 0 or update == args.policy_updates:
+                # Stop when the imagined return has not grown at some checks in a row, and go back to the best
+                check_rng = torch.Generator(device).manual_seed(args.seed)  # the same luck at each check
+                imagined = imagined_returns(
+                    env_model.step, agent, check_starts, envs.max_steps, check_rng, greedy=False
+                )
+                if not imagined.isfinite().all():
+                    sys.exit(f"iteration {iteration} imagines numbers that are not finite: lower --gp-learning-rate")
+                failures += 1
+                if imagined.mean() > best_return:
+                    failures, improved, best_return = 0, update > 0, imagined.mean()
+                    # not the critic: it goes on learning, whatever comes of the actor
+                    best = {name: x.clone() for name, x in agent.state_dict().items() if "critic" not in name}
+                elif failures >= args.check_patience and improved:
+                    break
+            if update == args.policy_updates:
+                break
+            batch = policy_rollout(imagined_envs, agent, args.num_steps, rng)
+            losses.append(improve_policy(agent, optimizer, batch, scale, args, rng))
+        agent.load_state_dict(best, strict=False)
+        minutes += (time.perf_counter() - start) / 60
+
+        # 4. Measure: the real return, and what the model gets wrong on episodes that it never saw
+        returns, steps = evaluate_in_reality(RealEnvs(args.env_id, args.eval_episodes, device, seed + 50_000), agent)
+        metrics |= {"eval/return": float(returns.mean()), "charts/policy_updates": update, "charts/minutes": minutes}
+        names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
+        metrics |= dict(zip(names, torch.stack(losses).mean(0).tolist(), strict=True))
+        firsts = data["s"][data["first"]]
+        firsts = firsts[torch.randint(len(firsts), (20,), generator=rng, device=device)]
+        imagined = imagined_returns(env_model.step, agent, firsts, envs.max_steps, rng, greedy=True).mean().item()
+        metrics |= {"charts/imagined_return": imagined, "charts/gap": imagined - metrics["eval/return"]}
+        metrics |= open_loop_errors(env_model, steps, rng)
+        bar.update(global_step - before)
+        logger.log(global_step, metrics)
+        state = {name: part.state_dict() for name, part in parts.items()} | {"args": asdict(replace(args, resume=None))}
+        state |= {"run_name": run_name, "rows": logger.rows, "global_step": global_step, "iteration": iteration}
+        state |= {"minutes": minutes, "data": data, "rng": rng.get_state()}
+        save_checkpoint(logger.path.with_name("checkpoint.pt"), state)
+        if args.stop_return is not None and metrics["eval/return"] >= args.stop_return:
+            break
+    bar.close()
+    logger.close()
+    if args.save_model:
+        save_checkpoint(logger.path.with_name("agent.pt"), {"args": state["args"], "agent": state["agent"]})
+        print(f"to measure it again: python {sys.argv[0]} --evaluate runs/{run_name}/agent.pt")
+    return logger.rows
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; python {sys.argv[0]} --resume runs/NAME/checkpoint.pt goes on from the last row of metrics")
