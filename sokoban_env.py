@@ -151,8 +151,9 @@ def _parse_levels(text: str, name: str) -> list[np.ndarray]:
         plain = _plain_row(line)
         known = not set(plain) - {*CELL_CHARS, "|"}
         if not known and plain.lstrip().startswith("#"):
-            i = re.search(r"[^# .$*@+_pPbBo|\d()-]|[\d()]+$", line).start()
-            raise ValueError(f"{name}:{number}:{i + 1}: unknown character {line[i]!r}, known are {CELL_CHARS!r}")
+            odd = re.search(r"[^# .$*@+_pPbBo|\d()-]", line) or re.search(r"[()\d]", line)
+            place = f"{name}:{number}:{odd.start() + 1}"
+            raise ValueError(f"{place}: unknown character {odd[0]!r}, known are {CELL_CHARS!r}")
         parts = plain.split("|")
         if known and any("#" in (part.strip()[:1], part.strip()[-1:]) for part in parts):
             rows += [(number, part) for part in parts]
@@ -798,8 +799,9 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         before = self._flat[at]
         case = (before * self._place_value).sum(0)  # which of `_CASES`
         cells, changes = _columns(self._next_cells, case), _columns(self._changes, case)
-        changes[0] *= strides[1]
-        self._episode[:3] += changes
+        moves, episode = changes[0], self._episode[:3]  # names, for `x[0] += y` would copy x[0] onto itself
+        moves *= strides[1]
+        episode += changes
         terminated = self._loose == 0
         reward, bonus = _columns(self._pay, case)
         reward += bonus * terminated
@@ -847,7 +849,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if boards is None:
             boards, facts = self._pool.draw(done)
         indexed = self.backend == "numpy"
-        facts[0] += self._start[done] if indexed else self._start
+        position = facts[0]
+        position += self._start[done] if indexed else self._start
 
         def put(old: Any, new: Any) -> None:
             if indexed:
@@ -876,7 +879,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def _final_info(self, done: Any, terminated: Any) -> dict[str, Any]:
         """What gymnasium's same-step autoreset reports of the episodes that have just ended."""
         xp, mask = self._xp, _to_torch(done)
-        last = xp.stack(self._past, 1) if self._past else xp.asarray(self._frame, copy=True)
+        last = xp.stack(self._past, 1) if self._past else xp.asarray(self._frame, copy=True)  # before the next begins
         _, loose, steps, level, boxes = self._episode * done
         total = xp.asarray(self._return * done, dtype=xp.float32)
 

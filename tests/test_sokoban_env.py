@@ -13,11 +13,9 @@ import functools
 import hashlib
 import io
 import itertools
-import os
 import pathlib
 import pickle
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -46,6 +44,7 @@ from sokoban_env import (
     save_levels,
     text_to_cells,
 )
+from tools import sokoban as tool
 
 CHARS = "# .$*@+"  # cell values 0-6: wall, floor, target, box, box on target, player, player on target
 KINDS = ("cells", "tiny_rgb", "rgb")
@@ -325,8 +324,8 @@ class Case(NamedTuple):
 CASES = [
     Case("numpy", "cells", 1, (5, 5), 2, 12, 64, 1200),
     Case("numpy", "cells", 4, (7, 9), 3, 25, 64, 800),
-    Case("numpy", "cells", 1, (20, 20), 8, 60, 64, 600),
-    Case("numpy", "cells", 2, (3, 14), 2, 20, 1, 3000),
+    Case("numpy", "cells", 1, (20, 20), 8, 60, 32, 600),
+    Case("numpy", "cells", 2, (3, 14), 2, 20, 16, 800),
     Case("numpy", "tiny_rgb", 4, (12, 6), 4, 30, 32, 800),
     Case("numpy", "rgb", 1, (7, 7), 2, 20, 32, 600),
     Case("torch", "cells", 1, (10, 10), 4, 40, 128, 600),
@@ -400,50 +399,6 @@ def test_levels_are_drawn_uniformly(backend: str):
 
 
 # ------------------------------------------------------------------------------------------------ rules, cases by hand
-
-
-# ------------------------------------------------------------------------------------------------ rules, cases by hand
-
-# In a line: the player, the cell that it walks into, the cell behind that; then all three after it, and the reward.
-WALKS = [("@  ", " @ "), ("@ #", " @#"), ("@ .", " @."), ("@ $", " @$"), ("@ *", " @*")]
-WALKS += [("@. ", " + "), ("@.#", " +#"), ("@..", " +."), ("@.$", " +$"), ("@.*", " +*")]
-BLOCKED = ["@# ", "@##", "@#.", "@#$", "@#*", "@$#", "@$$", "@$*", "@*#", "@*$", "@**"]
-PUSHES = [("@$ ", " @$", -0.1), ("@$.", " @*", 0.9), ("@* ", " +$", -1.1), ("@*.", " +*", -0.1)]
-LINES = [*((a, b, -0.1) for a, b in WALKS), *((a, a, -0.1) for a in BLOCKED), *PUSHES]
-# The same from a target, which the player leaves behind.
-LINES += [
-    (a.replace("@", "+"), b.replace("@", "+", 1) if a == b else b.replace(" ", ".", 1), r) for a, b, r in list(LINES)
-]
-TURN = {
-    1: lambda board: board.T[::-1],  # from "the line runs right" to "it runs up"
-    2: lambda board: board.T,
-    3: lambda board: board[:, ::-1],
-    4: lambda board: board,
-}
-
-
-def line_board(line: str, like: str) -> np.ndarray:
-    """A board with a line, and what makes the boxes and targets of `like` as many, at least one of them loose."""
-    boxes, targets = (sum(char in chars for char in like) for chars in ("$*", ".*+"))
-    extra = max(1, targets - boxes)
-    row = "$" * extra + "." * (boxes + extra - targets)
-    return to_board("#" * 8, f"#{line:6s}#", "#" * 8, f"#{row:6s}#", *["#" * 8] * 4)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("action", [0, *TURN])
-def test_every_move_push_and_block(action: int, backend: str):
-    assert len({before for before, _, _ in LINES}) == len(LINES) == 2 * 5 * 5  # all cases
-    turn = TURN.get(action, lambda board: board)
-    before = [turn(line_board(line, line)) for line, _, _ in LINES]
-    after = [turn(line_board(line, start)) for start, line, _ in LINES] if action else before
-    envs = SokobanVectorEnv(len(LINES), size=8, levels=before, backend=backend)
-    envs.reset(seed=1, options={"levels": before})
-    observation, reward, terminated, truncated, info = envs.step([action] * len(LINES))
-    for (line, _, _), cells, expected in zip(LINES, observation.numpy(), after, strict=True):
-        assert np.array_equal(cells, expected), line
-    np.testing.assert_allclose(reward.numpy(), [value if action else -0.1 for _, _, value in LINES], atol=1e-6)
-    assert not terminated.any() and not truncated.any() and nothing_ended(info)
 
 
 ROUNDABOUT = "########/#      #/# @$.  #/#  $.  #/########"
@@ -567,53 +522,26 @@ def check_bands(values: dict[str, np.ndarray], errors: float = 0) -> None:
     assert values["floor"].std() == pytest.approx(6.5, abs=1)
 
 
-def replay(envs: SokobanVectorEnv, solutions: list[str]) -> None:
-    """Play each level's solution, then wait; each must end solved at its last move, with the return it should have."""
-    lengths = np.array([len(solution) for solution in solutions])
-    actions = np.zeros((lengths.max() + 3, len(solutions)), dtype=np.int64)
-    for i, solution in enumerate(solutions):
-        actions[: len(solution), i] = [ACTION_OF_LETTER[letter.lower()] for letter in solution]
-    num_boxes = (envs.get_state(pool=False)["cells"] == 3).sum((1, 2)).numpy()
-    total, left = np.zeros(len(solutions)), np.ones(len(solutions), dtype=bool)
-    for t, row in enumerate(actions, start=1):
-        _, reward, terminated, truncated, info = envs.step(row)
-        assert not truncated.any() and np.array_equal(terminated.numpy(), lengths == t), f"move {t}"
-        total += reward.numpy() * left
-        if terminated.any():
-            ended = np.flatnonzero(terminated)
-            final = info["final_info"]
-            expected = num_boxes[ended] + 10 - 0.1 * lengths[ended]
-            np.testing.assert_allclose(total[ended], expected, atol=1e-4)
-            np.testing.assert_allclose(final["episode"]["r"].numpy()[ended], expected, atol=1e-4)
-            assert final["success"].numpy()[ended].all() and final["level"][ended].tolist() == ended.tolist()
-            assert final["boxes_on_target"][ended].tolist() == num_boxes[ended].tolist()
-            left[ended] = False
-    assert not left.any()
+def check_solutions(levels: torch.Tensor, solutions: list[str]) -> None:
+    """Each ends solved at its last letter; capital letters are pushes, small ones steps, none of them is blocked."""
+    for level, solution in zip(levels.numpy(), solutions, strict=True):
+        game = ScalarSokoban(level)
+        for letter in solution:
+            assert not game.solved
+            *_, changed = game.step(ACTION_OF_LETTER[letter.lower()])
+            assert len(changed) == (3 if letter.isupper() else 2)
+        assert game.solved
 
 
 @pytest.mark.parametrize(
     ("height", "width", "num_boxes", "num"),
-    [
-        (10, 10, 4, 2000),
-        (5, 5, 1, 200),
-        (5, 5, 2, 100),
-        (7, 7, 1, 200),
-        (6, 11, 3, 100),
-        (20, 20, 8, 40),
-    ],
+    [(10, 10, 4, 2000), (5, 5, 1, 200), (5, 5, 2, 100), (7, 7, 1, 200), (6, 11, 3, 100), (20, 20, 8, 40)],
 )
 def test_generated_levels_are_solved_by_their_solutions(height: int, width: int, num_boxes: int, num: int):
     levels, solutions = generated(height, width, num_boxes, num)
     assert levels.shape == (num, height, width) and levels.device.type == "cpu" and len(solutions) == num
     check_levels(levels.numpy(), num_boxes)
-    envs = SokobanVectorEnv(num, size=(height, width), levels=levels, max_episode_steps=None)
-    envs.reset(seed=1, options={"level_indices": torch.arange(num)})
-    replay(envs, solutions)
-    for level, solution in zip(levels.numpy(), solutions, strict=True):
-        game = ScalarSokoban(level)
-        for letter in solution:  # capital letters are pushes, small ones steps; none of them is blocked
-            *_, changed = game.step(ACTION_OF_LETTER[letter.lower()])
-            assert len(changed) == (3 if letter.isupper() else 2)
+    check_solutions(levels, solutions)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -632,18 +560,12 @@ def test_levels_look_like_deepminds(backend: str):
 @pytest.mark.parametrize("num_boxes", [1, 2])
 def test_levels_a_few_pulls_before_their_end(max_pulls: int, num_boxes: int):
     levels, solutions = generate_levels(200, size=7, num_boxes=num_boxes, seed=3, max_pulls=max_pulls)
+    check_solutions(levels, solutions)
     pushes = [sum(letter.isupper() for letter in solution) for solution in solutions]
     assert min(pushes) == 1 and max(pushes) == max_pulls
+    assert all(solution[0].isupper() for solution in solutions)  # the player stands beside its first box
     assert len({level.numpy().tobytes() for level in levels}) == 200
-    if max_pulls > 1 and num_boxes > 1:
-        assert (levels == 4).any()  # boxes on their targets, which other levels do not have
-    for level, solution in zip(levels.numpy(), solutions, strict=True):
-        game = ScalarSokoban(level)
-        for i, letter in enumerate(solution):
-            assert not game.solved and solution[0].isupper()  # the player stands beside its first box
-            *_, changed = game.step(ACTION_OF_LETTER[letter.lower()])
-            assert len(changed) == (3 if letter.isupper() else 2), i
-        assert game.solved
+    assert (levels == 4).any() == (max_pulls > 1 and num_boxes > 1)  # boxes on targets, which other levels don't have
 
 
 def test_the_levels_of_a_seed_stay_the_same():
@@ -913,29 +835,23 @@ def test_levels_handed_in_are_copied(backend: str):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_view_holds_until_the_next_step(backend: str, kind: str, stack: int):
-    boards = list(mixed_boards(8, 8, 2))
-    settings = {"size": 8, "levels": boards, "max_episode_steps": 15, "observation": kind, "frame_stack": stack}
-    views, copies = (SokobanVectorEnv(16, **settings, copy=c, backend=backend) for c in (False, True))
+    settings = {"size": 8, "levels": list(mixed_boards(8, 8, 2)), "max_episode_steps": 15, "observation": kind}
+    settings |= {"frame_stack": stack, "backend": backend}
+    views, copies = (SokobanVectorEnv(16, **settings, copy=c) for c in (False, True))
     view, expected = (envs.reset(seed=1)[0] for envs in (views, copies))
-    others, kept = [], []
+    kept, others = [], []
     for actions in random_actions(3, 50, 16):
         assert torch.equal(view, expected)
         clone = view.clone()
         new, *rest = views.step(actions)
         expected, *expected_rest = copies.step(actions)
-        assert_same(rest, expected_rest)
         # afterwards a view shows the new observation; stacked frames are the caller's own
         assert torch.equal(view, clone if stack > 1 else new)
         assert (view.data_ptr() == new.data_ptr()) == (stack == 1)
-        others.append(rest)
-        kept.append(copy.deepcopy(rest))
+        kept.append(rest)
+        others.append(expected_rest)
         view = new
-    assert_same(others, kept)  # all but the observation is the caller's own
-    state = views.get_state()
-    cells = state["cells"].clone()
-    reset, _ = views.reset()
-    assert torch.equal(view, reset) == (stack == 1) and torch.equal(state["cells"], cells)
-    assert torch.equal(views.set_state(state), view if stack == 1 else expected)
+    assert_same(kept, others)  # all but the observation is the caller's own
 
 
 COPIERS = [copy.deepcopy, copy.copy, lambda env: pickle.loads(pickle.dumps(env))]
@@ -980,16 +896,6 @@ def test_a_hundred_copies_of_a_running_environment(backend: str, how: Any):
         assert played(twin, actions[7:]) == expected
 
 
-def test_what_the_single_environment_returned_never_changes():
-    for kind in KINDS:
-        env = SokobanEnv(size=6, num_boxes=1, observation=kind)
-        kept = [env.reset(seed=1), *(env.step(action) for action in random_actions(1, 30, 1)[:, 0])]
-        clones = copy.deepcopy(kept)
-        play(env, range(5))
-        env.reset()
-        assert_same(kept, clones)
-
-
 # ----------------------------------------------------------------------------------------- level text and observations
 
 
@@ -1031,18 +937,6 @@ BOXOBAN = """\
 ##  . $.##
 ### $   ##
 ##########
-
-; 1
-##########
-#@ #######
-# .$  ####
-# .$  ####
-# .$  ####
-# .$  ####
-#     ####
-##########
-##########
-##########
 """
 
 
@@ -1066,9 +960,8 @@ def test_reading_boxoban_and_a_folder(tmp_path: Any):
     (tmp_path / "a.sok").write_text(XSB)
     (tmp_path / "readme.md").write_text("#### this is no level")
     boxoban = load_levels(tmp_path / "b" / "deep" / "000.txt")
-    assert boxoban.shape == (2, 10, 10)
     rows = [row for row in BOXOBAN.splitlines() if row.startswith("#")]
-    assert np.array_equal(boxoban.numpy(), [to_board(*rows[:10]), to_board(*rows[10:])])
+    assert np.array_equal(boxoban.numpy(), [to_board(*rows)])
     everything = load_levels(tmp_path)
     assert np.array_equal(everything.numpy(), [*(pad(board, 10, 10) for board in XSB_BOARDS), *boxoban.numpy()])
 
@@ -1193,36 +1086,44 @@ def test_bad_level_files(tmp_path: Any):
     (tmp_path / "large.txt").write_text(XSB)
     with pytest.raises(ValueError, match=r"large\.txt.*level 0 .*5x8.*too large for size 4x9"):
         load_levels(tmp_path / "large.txt", size=(4, 9))
-    for text, count in (("", 0), (BOXOBAN, 2)):
+    for text, count in (("", 0), (XSB, 3)):
         with pytest.raises(ValueError, match=f"{count} levels"):
             text_to_cells(text)
 
 
 def test_the_tool_takes_solutions_of_all_kinds(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    tool = [sys.executable, str(pathlib.Path(sokoban_env.__file__).parent / "tools" / "sokoban.py")]
-    level = "########\n#@  $ .#\n########\n"
-    (tmp_path / "levels.txt").write_text(f"{level}\n" * 4)
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("levels.txt").write_text("########\n#@  $ .#\n########\n\n" * 4)
 
-    def check(solutions: str) -> subprocess.CompletedProcess:
-        (tmp_path / "solutions.txt").write_text(solutions)
-        return subprocess.run(
-            [*tool, "check", "levels.txt", "solutions.txt"], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+    def run(*words: str, solutions: str = "") -> str:
+        pathlib.Path("solutions.txt").write_text(solutions)
+        monkeypatch.setattr(sys, "argv", ["sokoban.py", *words])
+        tool.main()
+        return capsys.readouterr().out
 
-    result = check("rrRR\nrrrr\n2r2R\n4r\n")
-    assert result.returncode == 0 and "4 of 4" in result.stdout
-    result = check("rrRR\nrrrR\n2r2R\n4r\n")
-    assert result.returncode == 1 and "lower case" in result.stderr
-    result = check("rrRR\nrrrr\n2r2R\n4x\n")
-    assert result.returncode == 1 and "solutions.txt:4:1: unknown character '4'" in result.stderr
-    for command in ([], ["play"], ["generate"], ["render"], ["check"]):
-        environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-        result = subprocess.run([*tool, *command, "--help"], env=environment, capture_output=True, check=False)
-        assert result.returncode == 0 and result.stdout, result.stderr
-    (tmp_path / "curses.py").write_text("raise ImportError")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run([*tool, "play"], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "windows-curses" in result.stderr and "Traceback" not in result.stderr
+    check = ("check", "levels.txt", "solutions.txt")
+    assert "4 of 4" in run(*check, solutions="rrRR\nrrrr\n2r2R\n4r\n")
+    with pytest.raises(SystemExit, match="lower case"):
+        run(*check, solutions="rrRR\nrrrR\n2r2R\n4r\n")
+    with pytest.raises(SystemExit, match=r"solutions\.txt:4:1: unknown character '4'"):
+        run(*check, solutions="rrRR\nrrrr\n2r2R\n4x\n")
+    run(
+        "generate",
+        "--output",
+        "made.txt",
+        "--num-levels",
+        "3",
+        "--size",
+        "6",
+        "--num-boxes",
+        "1",
+        "--solutions",
+        "s.txt",
+    )
+    assert "3 of 3" in run("check", "made.txt", "s.txt")
+    monkeypatch.setitem(sys.modules, "curses", None)
+    with pytest.raises(SystemExit, match="windows-curses"):
+        run("play")
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (0,)])
@@ -1304,7 +1205,7 @@ def test_sizes_and_boxes_that_cannot_be_generated_are_found_at_once(size: Any, n
     assert time.perf_counter() - start < 1
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (20, 20), (5, 64)])
+@pytest.mark.parametrize("shape", [(5, 5), (8, 40), (5, 64)])
 def test_as_many_boxes_as_are_accepted_can_be_generated(shape: tuple[int, int]):
     def accepted(num_boxes: int) -> bool:
         try:
@@ -1316,15 +1217,6 @@ def test_as_many_boxes_as_are_accepted_can_be_generated(shape: tuple[int, int]):
     most = next(k for k in itertools.count(1) if not accepted(k + 1))
     levels, _ = generate_levels(1, size=shape, num_boxes=most)
     check_levels(levels.numpy(), most)
-
-
-@pytest.mark.parametrize(("size", "num_boxes"), [(64, 1), ((8, 40), 5)])
-def test_large_boards(size: Any, num_boxes: int):
-    levels, solutions = generate_levels(3, size=size, num_boxes=num_boxes, seed=1)
-    check_levels(levels.numpy(), num_boxes)
-    envs = SokobanVectorEnv(3, size=size, levels=levels, max_episode_steps=None)
-    envs.reset(seed=1, options={"level_indices": [0, 1, 2]})
-    replay(envs, solutions)
 
 
 def test_more_levels_than_there_are():
@@ -1399,19 +1291,8 @@ def test_bad_actions(backend: str):
         with pytest.raises(ValueError, match=fault):
             envs.step(actions)
         assert_same(envs.get_state(), before)  # nothing moved
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_actions_of_the_single_environment(backend: str):
-    env = SokobanEnv(size=6, num_boxes=1, backend=backend)
-    with pytest.raises(gym.error.ResetNeeded, match="reset"):
-        env.step(0)
-    env.reset(seed=1)
-    for action in (5, -1):
-        with pytest.raises(ValueError, match=f"action {action} .*out of range"):
-            env.step(action)
     with pytest.raises(gym.error.ResetNeeded):
-        gym.make("Sokoban-v0").step(0)
+        gym.make("Sokoban-v0", backend=backend).step(0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -1463,7 +1344,7 @@ def test_stable_baselines3():
     env_checker.check_env(SokobanEnv(size=7, num_boxes=1, observation="rgb"))
     settings = {"size": 7, "num_boxes": 1, "observation": "cells"}
     for kind in (vec_env.DummyVecEnv, vec_env.SubprocVecEnv):
-        envs = env_util.make_vec_env("Sokoban-v0", 2, seed=1, env_kwargs=settings, vec_env_cls=kind)
+        envs = env_util.make_vec_env("sokoban_env:Sokoban-v0", 2, seed=1, env_kwargs=settings, vec_env_cls=kind)
         baselines.PPO("MlpPolicy", envs, n_steps=250, batch_size=100, n_epochs=1, seed=1).learn(1000)
         envs.close()
 
@@ -1608,21 +1489,15 @@ def test_rendering(kind: str):
         assert env.render_mode == envs.render_mode == mode
         env.reset(seed=1, options={"level_index": 5})
         envs.reset(seed=1, options={"level_indices": [5, 6, 7]})
-        for _ in range(2):
-            if mode is None:
-                assert env.render() is None and envs.render() is None
-            elif mode == "ansi":
-                assert env.render() == cells_to_text(boards[5])
-                assert list(envs.render()) == [cells_to_text(board) for board in boards[5:8]]
-            else:
-                frame, frames = env.render(), envs.render()
-                assert isinstance(frame, np.ndarray) and frame.dtype == np.uint8
-                assert np.array_equal(frame, picture(boards[5], "rgb"))
-                assert np.array_equal(np.stack(frames), [picture(board, "rgb") for board in boards[5:8]])
-            env.step(0)
-            envs.step([0] * 3)
-    assert envs.metadata["render_modes"] == ["rgb_array", "ansi"]
-    assert env.metadata["render_modes"] == ["human", "rgb_array", "ansi"]
+        env.step(0)
+        if mode is None:
+            assert env.render() is None and envs.render() is None
+        elif mode == "ansi":
+            assert env.render() == cells_to_text(boards[5])
+            assert list(envs.render()) == [cells_to_text(board) for board in boards[5:8]]
+        else:
+            assert isinstance(env.render(), np.ndarray) and np.array_equal(env.render(), picture(boards[5], "rgb"))
+            assert np.array_equal(np.stack(envs.render()), [picture(board, "rgb") for board in boards[5:8]])
 
 
 def test_a_window(monkeypatch: pytest.MonkeyPatch):
@@ -1764,65 +1639,48 @@ def test_the_simulated_device_tells_devices_apart(device: SimulatedDevice):
             there + torch.arange(4)
 
 
-@pytest.mark.parametrize("stack", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_another_device_gives_the_same(device: SimulatedDevice, kind: str, stack: int):
+@pytest.mark.parametrize(("kind", "stack"), [("cells", 1), ("cells", 3), ("tiny_rgb", 3), ("rgb", 1)])
+@pytest.mark.parametrize("pool", ["fixed", "endless"])
+def test_another_device_gives_the_same_without_waiting(device: SimulatedDevice, pool: str, kind: str, stack: int):
     boards = list(mixed_boards(6, 7, 3))
-    settings = {"size": (6, 7), "levels": boards, "max_episode_steps": 8, "observation": kind, "frame_stack": stack}
+    settings = {"size": (6, 7), "num_boxes": 1, "levels": boards if pool == "fixed" else None, "max_episode_steps": 8}
+    settings |= {"observation": kind, "frame_stack": stack}
     here = SokobanVectorEnv(8, **settings, backend="torch")
     first = here.reset(seed=1)
-    with device:
+    with device, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sokoban_env._Pool, "SIDE_BY_SIDE", 3)
         there = SokobanVectorEnv(8, **settings, device="meta")
         assert there.device.type == "meta"
         assert_elsewhere_and_same(there.reset(seed=1), first)
+        kernels = []
         for i, actions in enumerate(random_actions(1, 30, 8)):
             given = torch.from_numpy(actions).to("meta")
             device.waits.clear()
+            device.kernels.clear()
             outputs = there.step(given)
             assert not device.waits
+            kernels.append(len(device.kernels))
             assert_elsewhere_and_same(outputs, here.step(actions))
             if i == 10:
                 state, shown = there.get_state(), outputs[0].inside
+        assert set(kernels) == {kernels[0]}  # always the same
+        assert kernels[0] <= 40 or (kind, stack) != ("cells", 1), Counter(device.kernels)
         assert_elsewhere_and_same(there.set_state(state), shown)
         there.step([0] * 8)
         assert there.reset(options={"levels": boards[:8]})[0].device.type == "meta"
-        assert there.reset(options={"level_indices": range(8)})[0].device.type == "meta"
+        if pool == "fixed":
+            assert there.reset(options={"level_indices": range(8)})[0].device.type == "meta"
         with pytest.raises(RuntimeError, match="out of range"):
             there.step([5] * 8)
 
 
-def test_another_device_generates_the_same(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sokoban_env._Pool, "SIDE_BY_SIDE", 3)
-    settings = {"size": (6, 5), "num_boxes": 1, "max_episode_steps": 1}
-    here = SokobanVectorEnv(16, **settings)
-    boards = [here.reset(seed=1)[0], *(here.step([0] * 16)[0] for _ in range(100))]
-    with device:
-        there = SokobanVectorEnv(16, **settings, device="meta")
-        given = [there.reset(seed=1)[0], *(there.step([0] * 16)[0] for _ in range(100))]
-        assert_elsewhere_and_same(given, boards)
-        for source, target in itertools.product(KINDS, KINDS):
-            cells = boards[0].numpy()
-            given = torch.from_numpy(np.stack([picture(board, source) for board in cells]))
-            expected = convert_observation(given, source, target)
+def test_another_device_converts_the_same(device: SimulatedDevice):
+    cells = np.stack([pad(board, 6, 7) for board in mixed_boards(6, 7, 3)[:5]])
+    for source, target in itertools.product(KINDS, KINDS):
+        given = torch.from_numpy(np.stack([picture(board, source) for board in cells]))
+        expected = convert_observation(given, source, target)
+        with device:
             assert_elsewhere_and_same(convert_observation(given.to("meta"), source, target), expected)
-
-
-@pytest.mark.parametrize("pool", ["fixed", "endless"])
-def test_kernels_of_a_step(device: SimulatedDevice, pool: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sokoban_env._Pool, "SIDE_BY_SIDE", 1)
-    levels = list(mixed_boards(6, 6, 2)) if pool == "fixed" else None
-    with device:
-        envs = SokobanVectorEnv(8, size=6, num_boxes=1, levels=levels, max_episode_steps=30, device="meta")
-        envs.reset(seed=1)
-        counts = []
-        for actions in random_actions(1, 31, 8):  # all end in the 30th, at the latest
-            actions = torch.from_numpy(actions).to("meta")
-            device.waits.clear()
-            device.kernels.clear()
-            envs.step(actions)
-            counts.append(len(device.kernels))
-            assert not device.waits
-    assert set(counts) == {counts[0]} and counts[0] <= 40, Counter(device.kernels)
 
 
 def test_levels_repeat_only_without_refills():
