@@ -340,13 +340,7 @@ def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any
 
 
 def _generate(
-    xp: Any,
-    device: str,
-    settings: tuple[int, int, int],
-    seed: int,
-    batches: range,
-    solve: bool,
-    max_pulls: int | None = None,
+    xp: Any, device: str, settings: tuple[int, int, int], seed: int, batches: range, solve: bool, max_pulls: int = 0
 ) -> tuple[Any, list[str]]:
     """Make batches of levels side by side: boards (L, H, W), and their solutions if `solve`.
 
@@ -608,7 +602,7 @@ def generate_levels(
     """
     height, width = _check_size(size)
     num_levels, num_boxes, seed = map(operator.index, (num_levels, num_boxes, seed))
-    max_pulls = None if max_pulls is None else operator.index(max_pulls)
+    max_pulls = operator.index(max_pulls or 0)
     _check_generator(height, width, num_boxes)
     found, batch, barren = {}, 0, 0
     while len(found) < num_levels:
@@ -831,9 +825,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if actions.shape != (self.num_envs,) or actions.dtype in (xp.float32, xp.float64, xp.bool):
             raise ValueError(f"actions must be {self.num_envs} integers, got {actions.dtype} {tuple(actions.shape)}")
         if self.device.type != "cpu":  # without waiting for the device
-            torch._assert_async(
-                (actions.clamp(0, RIGHT) == actions).all(), "an action is out of range, they are 0 to 4"
-            )
+            in_range = (actions.clamp(0, RIGHT) == actions).all()
+            torch._assert_async(in_range, "an action is out of range, they are 0 to 4")
             return actions.long()
         wrong = (actions < 0) | (actions > RIGHT)
         if wrong.any():
