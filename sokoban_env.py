@@ -13,7 +13,8 @@ the level is solved (`terminated`) or after 120 steps (`truncated`).
     levels, solutions = generate_levels(1000, size=8, num_boxes=2, seed=1)
 
 One text serves two backends. A board is one byte a cell, and each function below runs on numpy arrays (`xp` is numpy:
-the CPU, where a numpy operation costs a fifth of a torch one to dispatch) or on torch tensors (`xp` is torch: the GPU).
+the CPU, where a numpy operation costs a fifth of a torch one to dispatch) or on torch tensors (`xp` is torch: the GPU,
+where nothing in a step waits for the device).
 
 Shapes: `N` environments, `L` levels, `B` boards in the generator, `K` boxes, `H, W` board. Board `n` starts at `n*H*W`
 in a flat array, and a "position" is an index into it: up is -W, right is +1. Positions can leave a board by one row
@@ -29,7 +30,6 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -39,9 +39,6 @@ from gymnasium.vector import AutoresetMode
 
 WALL, FLOOR, TARGET, BOX, BOX_ON_TARGET, PLAYER, PLAYER_ON_TARGET = range(7)
 CELL_CHARS = "# .$*@+"  # XSB's character for each cell value
-_CELL_OF_CHAR = {ord(char): cell for cell, char in enumerate(CELL_CHARS)}
-_OTHER_LETTERS = str.maketrans("-_pPbBo", "  @+$*.")  # as .sok files may have them
-_ROW_CHARS = {*CELL_CHARS, *"-_pPbBo|0123456789"}
 NOOP, UP, DOWN, LEFT, RIGHT = range(5)
 STEP_REWARD, BOX_REWARD, SOLVED_REWARD = -0.1, 1.0, 10.0
 MAX_SIZE = 64
@@ -84,12 +81,12 @@ def _rule(player: int, ahead: int, beyond: int) -> tuple[int, int, int, bool, in
     return left, entered, BOX_ON_TARGET if beyond == TARGET else BOX, True, gain
 
 
-# `_rule` for every case (player is 5 or 6, the other two 0-6), so that a step is a few table look-ups.
-_CASES = [_rule(*cells) for cells in itertools.product((PLAYER, PLAYER_ON_TARGET), range(7), range(7))]
-_NEXT_CELLS = np.array([case[:3] for case in _CASES], dtype=np.uint8).T.ravel()  # (3 * 98,)
-_MOVED = np.array([case[3] for case in _CASES])  # (98,) bool
-_GAIN = np.array([case[4] for case in _CASES])  # (98,) boxes that came onto a target
-_REWARD = (STEP_REWARD + BOX_REWARD * _GAIN).astype(np.float32)  # (98,)
+# `_rule` for every case, number 49 player + 7 ahead + beyond, so that a step is a few table look-ups.
+_CASES = [_rule(*cells) for cells in itertools.product(range(7), repeat=3)]
+_GAIN = np.array([case[4] for case in _CASES])  # (343,) boxes that came onto a target
+_NEXT_CELLS = np.array([case[:3] for case in _CASES], dtype=np.uint8).T.copy()  # (3, 343)
+_CHANGES = np.stack([[case[3] for case in _CASES], -_GAIN, np.ones_like(_GAIN)])  # of position, boxes to go and steps
+_PAY = np.stack([STEP_REWARD + BOX_REWARD * _GAIN, SOLVED_REWARD * (_GAIN > 0)]).astype(np.float32)  # and if it solves
 
 
 # --------------------------------------------------------------------------------------------- observations and text
@@ -98,8 +95,7 @@ _REWARD = (STEP_REWARD + BOX_REWARD * _GAIN).astype(np.float32)  # (98,)
 def convert_observation(array: Any, source: str, target: str) -> Any:
     """Turn an observation into another kind: `cells` (..., H, W), `tiny_rgb` (..., H, W, 3), `rgb` (..., 8H, 8W, 3).
 
-    All are uint8; leading axes (environments, stacked frames) are kept, numpy gives numpy, torch gives torch on the
-    same device. A ValueError says that a kind is unknown, or a pixel no sprite's.
+    All are uint8; leading axes (environments, stacked frames) are kept; numpy gives numpy, torch gives torch.
     """
     for kind in (source, target):
         _check_observation(kind)
@@ -132,19 +128,16 @@ def text_to_cells(text: str) -> np.ndarray:
     return boards[0]
 
 
-def _parse_row(line: str, place: str) -> list[str] | None:
-    """The board rows in a line, in XSB's letters and floor as spaces: one, or several with `|` between them.
+_OTHER_LETTERS = str.maketrans("-_pPbBo", "  @+$*.")  # as .sok files may have them
 
-    None for a title, a comment or a separator. A ValueError names what begins as a row and can't be read.
-    """
-    line = line.rstrip()
-    text = re.sub(r"(\d{1,3})(\D)", lambda run: run[2] * int(run[1]), line).translate(_OTHER_LETTERS)
-    known = not set(text) - set(CELL_CHARS) - {"|"}
-    if not known and text.lstrip().startswith("#"):
-        i = next(i for i, char in enumerate(line) if char not in _ROW_CHARS)
-        raise ValueError(f"{place}:{i + 1}: unknown character {line[i]!r}, known are {CELL_CHARS!r}")
-    only_letters_or_one_sign = line.isalpha() or (len(set(text)) == 1 and text[0] in ".$*@+")
-    return text.split("|") if text and known and not only_letters_or_one_sign else None
+
+def _plain_row(line: str) -> str:
+    """A line without run lengths (`3#`, `2(-$)`), in XSB's letters, with spaces for floor."""
+    runs = r"(\d{1,3})(?:\(([^()]*)\)|([^\d()]))"
+    line, expanded = "", line.rstrip()
+    while line != expanded and len(expanded) < 1000:
+        line, expanded = expanded, re.sub(runs, lambda run: int(run[1]) * (run[2] or run[3] or ""), expanded)
+    return expanded.translate(_OTHER_LETTERS)
 
 
 def _parse_levels(text: str, name: str) -> list[np.ndarray]:
@@ -152,55 +145,46 @@ def _parse_levels(text: str, name: str) -> list[np.ndarray]:
     if "<L>" in text:  # an .slc collection
         text = re.sub(r"</Level>(?=[^\n]*<L>)", "</Level>\n\n", text)
         text = "\n".join(html.unescape("|".join(re.findall("<L>(.*?)</L>", line))) for line in text.splitlines())
-    levels, places, rows = [], [], []
-    lines = [*text.splitlines(), ""]
-    for number, line in enumerate(lines, start=1):
-        new = _parse_row(line, f"{name}:{number}")
-        walled = new is not None and any("#" in (row.strip()[:1], row.strip()[-1:]) for row in new)
-        if walled:
-            rows += [(number, row) for row in new]
-        elif rows and new is not None and not "".join(new).strip():
-            rows.append((number, ""))  # an empty row, or a separator: `_split_level` knows
-        elif rows and new is not None and lines[number].lstrip().startswith("#"):
-            raise ValueError(f"{name}:{number}:1: a row inside a level, with no wall at either end")
-        elif rows:  # a blank line, a comment or a title ends the level
-            for part in _split_level(rows):
-                levels.append(part)
-                places.append(f"{name}:{part[0][0]}")
+    text = re.sub(r"(?ims)^comment:\s*?$.*?^comment.end:", lambda comment: "\n" * comment[0].count("\n"), text)
+    levels, rows = [], []  # a row is (number of its line, text)
+    for number, line in enumerate([*text.splitlines(), ""], start=1):
+        plain = _plain_row(line)
+        known = not set(plain) - {*CELL_CHARS, "|"}
+        if not known and plain.lstrip().startswith("#"):
+            odd = re.search(r"[^# .$*@+_pPbBo|\d()-]", line) or re.search(r"[()\d]", line)
+            place = f"{name}:{number}:{odd.start() + 1}"
+            raise ValueError(f"{place}: unknown character {odd[0]!r}, known are {CELL_CHARS!r}")
+        parts = plain.split("|")
+        if known and any("#" in (part.strip()[:1], part.strip()[-1:]) for part in parts):
+            rows += [(number, part) for part in parts]
+        elif known and rows and line.strip() and not plain.strip():
+            rows.append((number, ""))  # dashes: a row of floor, or a line between two levels
+        elif rows:  # a blank line, a comment or a title ends the level, or levels, if each of the parts has a player
+            parts = [list(part) for filled, part in itertools.groupby(rows, lambda row: row[1].strip() != "") if filled]
+            players = [any("@" in row or "+" in row for _, row in part) for part in parts]
+            levels += parts if all(players) else [rows]
             rows = []
     if not levels:
         return []
     shapes = [(len(rows), max(len(row) for _, row in rows)) for rows in levels]
-    height, width = (max(axis) for axis in zip(*shapes, strict=True))
+    height, width = np.max(shapes, axis=0)
     lines = [row.ljust(width) for rows in levels for _, row in rows + [(0, "")] * (height - len(rows))]
-    values = np.frombuffer("".join(lines).translate(_CELL_OF_CHAR).encode(), dtype=np.uint8)
+    values = "".join(lines).translate({ord(char): cell for cell, char in enumerate(CELL_CHARS)}).encode()
     boards = np.full((len(levels), height + 2, width + 2), FLOOR, dtype=np.uint8)  # with a rim of outside around each
-    boards[:, 1:-1, 1:-1] = values.reshape(len(levels), height, width)
+    boards[:, 1:-1, 1:-1] = np.frombuffer(values, dtype=np.uint8).reshape(len(levels), height, width)
     corners = np.arange(len(levels)) * boards[0].size
     outside = _flood(np, boards.ravel() != WALL, corners, width + 2, boards[0].size)[0].reshape(boards.shape)
-    for i in np.flatnonzero((outside & (boards != FLOOR)).any((1, 2)))[:1]:
-        if (outside & (boards >= PLAYER))[i].any():
-            raise ValueError(f"{places[i]}: the level is not closed: no wall between the player and the outside")
-        row, column = np.argwhere((outside & (boards != FLOOR))[i])[0]
-        number, text = levels[i][row - 1]
-        raise ValueError(f"{name}:{number}:{column}: {text[column - 1]!r} is outside the walls")
+    if (outside & (boards != FLOOR)).any():
+        i, row, column = np.argwhere(outside & (boards != FLOOR))[0]
+        number, row = levels[i][row - 1]
+        raise ValueError(f"{name}:{number}:{column}: {row[column - 1]!r} is outside the walls, or they are not closed")
     boards[outside] = WALL
-    solved = ~(boards == BOX).any((1, 2))
+    places, solved = [f"{name}:{rows[0][0]}" for rows in levels], ~(boards == BOX).any((1, 2))
     _check_boards(boards, places, unsolved=bool(solved.all()))
     for place in itertools.compress(places, solved):
         warnings.warn(f"{place}: the level is skipped: it is solved already", stacklevel=2)
     boards = [board[1 : 1 + h, 1 : 1 + w] for board, (h, w) in zip(boards, shapes, strict=True)]
     return list(itertools.compress(boards, ~solved))
-
-
-def _split_level(rows: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
-    """Rows (line number, text) without the empty ones at the end, as one level; or as several, where each of the parts
-    between empty rows has a player."""
-    while not rows[-1][1].strip():
-        rows.pop()
-    parts = [list(group) for filled, group in itertools.groupby(rows, lambda row: bool(row[1].strip())) if filled]
-    players = [any("@" in text or "+" in text for _, text in part) for part in parts]
-    return parts if all(players) else [rows]
 
 
 def _pad_levels(boards: Any, size: tuple[int, int] | None, name: str) -> np.ndarray:
@@ -231,7 +215,7 @@ def _check_boards(boards: np.ndarray, name: str | list[str], *, unsolved: bool =
     for wrong, message in (
         (players != 1, "{players} players, needs exactly one"),
         (boxes != targets, "{boxes} boxes and {targets} targets, needs as many of each"),
-        (flat[:, rim.ravel()].any(1), "an opening: every cell of the outer border must be wall"),
+        (boards[:, rim].any(1), "an opening: every cell of the outer border must be wall"),
         (flat.max(1) > PLAYER_ON_TARGET, "a cell value above 6"),
         (unsolved & ~(flat == BOX).any(1), "no box off its target: it is solved already"),
     ):
@@ -248,20 +232,14 @@ def load_levels(path: str | os.PathLike, size: int | tuple[int, int] | None = No
     Rows may be ragged or run-length coded (`3#`), with `|` between them; `-` and `_` are floor too. Blank lines,
     comments and titles part levels; floor outside the walls becomes wall; smaller levels are padded with wall to
     `size`, or to the largest. A warning names a solved level, and in a folder a file, that is skipped. A ValueError
-    names file and line of what can't be played: an unknown character, not one player, unequal numbers of boxes and
-    targets, no box to push, no closed wall, a level too large for `size`.
+    names file and line of what can't be played.
     """
     path, boards, errors = pathlib.Path(path), [], []
     suffixes = (".txt", ".xsb", ".sok", ".slc")
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes) if path.is_dir() else [path]
     for file in files:
-        text = file.read_bytes()
         try:
-            text = text.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = text.decode("latin-1")  # names of authors, in older collections
-        try:
-            found = _parse_levels(text, str(file)) if "\0" not in text else []
+            found = _parse_levels(file.read_text(encoding="utf-8-sig", errors="replace"), str(file))
             if not found:
                 raise ValueError(f"{file}: no levels found")
             boards += found
@@ -276,10 +254,9 @@ def load_levels(path: str | os.PathLike, size: int | tuple[int, int] | None = No
 
 def save_levels(path: str | os.PathLike, levels: Any) -> None:
     """Write levels (L, H, W) as a Boxoban text file, which `load_levels` reads back; never leaves half a file."""
-    text = "".join(f"; {i}\n{cells_to_text(board)}\n\n" for i, board in enumerate(_to_numpy(levels)))
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text("".join(f"; {i}\n{cells_to_text(board)}\n\n" for i, board in enumerate(levels)))
     os.replace(temporary, path)
 
 
@@ -311,13 +288,6 @@ def _check_generator(height: int, width: int, num_boxes: int) -> None:
         raise ValueError(f"can't generate {height}x{width} levels with num_boxes={num_boxes}: {allowed}")
 
 
-def _check_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"can't use device {str(device)!r}: {str(e).splitlines()[0]}") from None
-
-
 def _to_numpy(array: Any) -> Any:
     return array.cpu().numpy() if isinstance(array, torch.Tensor) else array
 
@@ -329,6 +299,11 @@ def _to_torch(array: Any) -> torch.Tensor:
 def _copy_to(xp: Any, array: Any, device: str) -> Any:
     """A copy of a tensor or array for the backend, on its device."""
     return np.array(_to_numpy(array)) if xp is np else torch.asarray(array, device=device, copy=True)
+
+
+def _columns(table: Any, index: Any) -> Any:
+    """table[:, index]"""
+    return table.take(index, 1) if isinstance(table, np.ndarray) else table[:, index]
 
 
 # ---------------------------------------------------------------------------------------------------------- generator
@@ -365,15 +340,9 @@ def _flood(xp: Any, free: Any, start: Any, width: int, rounds: int) -> tuple[Any
 
 
 def _generate(
-    xp: Any,
-    device: str,
-    settings: tuple[int, int, int],
-    seed: int,
-    batches: range,
-    solve: bool,
-    max_pulls: int | None = None,
-) -> Iterator:
-    """Make batches of levels side by side, in slices of work: yields None after each, in the end (boards, solutions).
+    xp: Any, device: str, settings: tuple[int, int, int], seed: int, batches: range, solve: bool, max_pulls: int = 0
+) -> tuple[Any, list[str]]:
+    """Make batches of levels side by side: boards (L, H, W), and their solutions if `solve`.
 
     The paper's appendix: (1) a random walk carves the room, (2) targets and the player fall on random floor cells,
     (3) the level is played backwards from its solution, pulling boxes, and the position with the best (box swaps) ×
@@ -421,7 +390,6 @@ def _generate(
         lots.reshape(-1)[spots[-1]] = 0
     target, player = xp.stack(spots[:-1]), spots[-1]  # (K, B), (B,)
     roomy = room.sum((1, 2)) >= 2 * num_boxes + 1
-    yield
 
     # (3) Reverse play. `free`: floor without a box.
     rounds, num_pulls = min(2 * (height + width), 255), max_pulls or 8 * (num_boxes + 1)  # distances are bytes
@@ -470,7 +438,6 @@ def _generate(
         best, best_round = xp.where(better, score, best), xp.where(better, i, best_round)
         best_box, best_player = xp.where(better, box, best_box), xp.where(better, player, best_player)
         pulls.append((new, stride))
-        yield
 
     # (4) The player starts anywhere in its region. The levels in which no box stayed on a target are kept.
     free = xp.asarray(floor, copy=True)
@@ -486,8 +453,7 @@ def _generate(
     kept = xp.where(best > 0)[0]
     levels = level[: num * cells].reshape(num, height, width)[kept]
     if not solve:
-        yield levels, None
-        return
+        return levels, []
 
     # The solution: the pulls up to the best round, reversed; the player walks from push to push.
     player, on_target, active = start, xp.asarray(is_target[best_box].sum(0), dtype=xp.int64), best > 0
@@ -517,213 +483,104 @@ def _generate(
         on_target -= xp.asarray(pushing & is_target[new], dtype=xp.int64)
         active = active & (on_target < num_boxes)  # reverse play may have passed through a solved board
     text = _to_numpy(xp.stack(letters, 1)[kept])
-    yield levels, [row[row > 0].tobytes().decode() for row in text]
+    return levels, [row[row > 0].tobytes().decode() for row in text]
 
 
 class _Pool:
-    """Where an environment's levels come from: a fixed set, drawn at random, or the generator, each level once."""
+    """Where an environment's levels come from: a fixed set, drawn at random, or the generator, each level once.
 
-    # boards[head:] are fresh, boards[0] was the `serial`-th made; `slices` of batch number `batch` are done
-    _COUNTERS = ("head", "serial", "seed", "batch", "slices", "frames", "drawn", "repeated", "due")
-
-    def __init__(self, xp: Any, device: str, settings: tuple[int, int, int], levels: Any, num_envs: int, exclude: Any):
-        self.xp, self.device, self.settings, self.num_envs = xp, device, settings, num_envs
-        weights = np.random.default_rng(0).integers(2**62, size=settings[0] * settings[1])
-        self.weights, self.barren = xp.asarray(weights, device=device), 0
-        self.excluded = None if exclude is None else self.numbers(exclude)
-        self.endless = levels is None
-        self.boards = xp.zeros((0, *settings[:2]), dtype=xp.uint8, device=device) if self.endless else levels
-        self.restart(0)
-
-    def numbers(self, boards: Any) -> Any:
-        """A number (L,) for each board, the same for the same board: a sum with random weights, modulo 2^64."""
-        return (self.xp.asarray(boards.reshape(len(boards), -1), dtype=self.xp.int64) * self.weights).sum(1)
-
-    def restart(self, seed: int) -> None:
-        self.rng, self.work = np.random.default_rng(seed), None
-        self.boards = self.boards[:0] if self.endless else self.boards
-        vars(self).update(dict.fromkeys(self._COUNTERS, 0), seed=seed)
-
-    def draw(self, num: int) -> tuple[Any, Any]:
-        """`num` boards (num, H, W) and their numbers (num,)."""
-        if not len(self.boards):  # the first episodes began on boards that were handed in
-            self.fill()
-        fresh = min(num, len(self.boards) - self.head) if self.endless else 0
-        # From a fixed set, or where demand outran the generator, any; `random` is twice as fast as `integers`.
-        index = (self.rng.random(num) * len(self.boards)).astype(np.int64)
-        index[:fresh] = np.arange(self.head, self.head + fresh)
-        index = self.xp.asarray(index, device=self.device)
-        self.head, self.drawn, self.repeated = self.head + fresh, self.drawn + num, self.repeated + num - fresh
-        return self.boards[index], index + self.serial
-
-    def fill(self) -> None:
-        """Generate until every environment can have a fresh level."""
-        while self.endless and len(self.boards) - self.head < self.num_envs:
-            self._advance()
-
-    def refill(self) -> None:
-        """After each step: at most one slice of a batch for every 32 frames stepped, and only if levels run low."""
-        before, self.frames = self.frames, self.frames + self.num_envs
-        for _ in range(self.frames // 32 - before // 32):
-            if self.endless and len(self.boards) - self.head < max(256, 2 * self.num_envs):
-                self._advance()
-
-    def info(self) -> dict[str, float]:
-        return {"level_repeats": self.repeated / max(1, self.drawn)} if self.endless else {}
-
-    def batches(self) -> range:
-        return range(self.batch, self.batch + 1)
-
-    def _advance(self) -> None:
-        """A slice of work; when that completes a batch, its levels join the pool."""
-        if self.work is None:  # a batch follows from its seed and number, so a restored pool replays its slices
-            self.work = _generate(self.xp, self.device, self.settings, self.seed, self.batches(), solve=False)
-            for _ in range(self.slices):
-                next(self.work)
-        made = next(self.work)
-        self.slices += 1
-        if made is not None:
-            fresh = made[0]
-            if self.excluded is not None:
-                fresh = fresh[~self.xp.isin(self.numbers(fresh), self.excluded)]
-            self.barren = 0 if len(fresh) else self.barren + 1
-            if self.barren >= 20:
-                height, width, boxes = self.settings
-                raise ValueError(f"the generator finds no {height}x{width} level with {boxes} boxes besides `exclude`")
-            self.batch, self.slices, self.work = self.batches().stop, 0, None
-            self.add(fresh)
-
-    def add(self, fresh: Any) -> None:
-        start = max(0, self.head - 1024)  # some that were handed out stay, to be repeated if need be
-        self.boards = self.xp.concatenate([self.boards[start:], fresh])
-        self.head, self.serial = self.head - start, self.serial + start
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle; the unfinished batch is made again, up to where it was."""
-        return vars(self) | {"work": None, "xp": self.xp.__name__}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"xp": {"numpy": np, "torch": torch}[state["xp"]]})
-
-    def __deepcopy__(self, memo: dict) -> "_Pool":
-        new = copy.copy(self)  # which shares the boards, for they never change
-        new.rng = copy.deepcopy(self.rng)
-        return new
-
-    def get_state(self) -> dict[str, Any]:
-        boards = _to_torch(_copy_to(self.xp, self.boards, self.device))
-        counters = {name: getattr(self, name) for name in self._COUNTERS}
-        return {"boards": boards, "random": self.rng.bit_generator.state, **counters}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.restart(state["seed"])
-        self.rng.bit_generator.state = state["random"]
-        self.batch = state["batch"]
-        if "last" in state:  # the torch backend's: the same boards, and from here on levels of the next batch
-            return
-        self.boards = _copy_to(self.xp, state["boards"], self.device)
-        vars(self).update({name: state.get(name, 0) for name in self._COUNTERS})  # old ones lack `due`
-
-
-class _DevicePool(_Pool):
-    """The same for torch, so that a step waits for nothing: levels lie in a ring, and are drawn by arithmetic.
-
-    The p-th draw takes the ring's slot p % size: of `boards` that were generated, or of `order`, random indices into
-    `boards` that were handed in. `refill` puts new ones where the old are used up. It reads how far the draws went,
-    and so waits for the device, once in thousands of frames; a program that captures steps in a CUDA graph calls it
-    between rollouts, as `envs.refill()`. All tensors stay where they are.
+    They lie in a ring, and the p-th draw takes slot p % size, so that a GPU draws without waiting. `fill` puts new
+    ones where the old are used up. For that it reads how far the draws went, and so waits for the device, once in
+    several steps; a program that captures steps in a CUDA graph calls it between rollouts, as `envs.refill()`.
     """
 
-    _TENSORS = ("boards", "facts", "order", "spare", "last")
-    SLOTS, BATCHES = 2**13, 64  # on a GPU; batches are made side by side, by some 23,000 kernels however many they are
+    _COUNTERS = ("seed", "batch", "serial", "most")
+    _TENSORS = ("boards", "facts", "spare", "last")
+    SIDE_BY_SIDE = 64  # batches made at once on a GPU, by some 23,000 kernels however many they are
+
+    def __init__(
+        self, backend: str, device: str, settings: tuple[int, int, int], levels: Any, num_envs: int, exclude: Any
+    ):
+        self.backend, self.on, self.settings = backend, {"device": device}, settings
+        self.levels, self.exclude = levels, exclude
+        if device == "cpu":  # where asking how far the draws went costs nothing
+            self.size, self.least, self.batches = max(64, 2 * num_envs), num_envs, 1
+        else:
+            self.size, self.least, self.batches = max(1024, 8 * num_envs), max(512, 4 * num_envs), self.SIDE_BY_SIDE
+        self.restart(0)
+
+    @property
+    def xp(self) -> Any:
+        return np if self.backend == "numpy" else torch
+
+    def describe(self, boards: Any, number: Any) -> Any:
+        """What an episode on each board begins with: the rows of the environment's `_episode`, (5, L)."""
+        flat = boards.reshape(len(boards), -1)
+        loose, zero = (flat == BOX).sum(1), self.xp.zeros_like(flat[:, 0], dtype=self.xp.int64)
+        # the player's value is the highest
+        return self.xp.stack([flat.argmax(1), loose, zero, zero + number, loose + (flat == BOX_ON_TARGET).sum(1)])
 
     def restart(self, seed: int) -> None:
-        vars(self).update(dict.fromkeys(self._COUNTERS, 0), seed=seed, rng=np.random.default_rng(seed), work=None)
-        like = {"dtype": torch.int64, "device": self.device}
-        self.size = max(256 if self.device == "cpu" else self.SLOTS, 2 * self.num_envs)
-        if self.endless:
-            self.boards = torch.zeros((self.size, *self.settings[:2]), dtype=torch.uint8, device=self.device)
-        self.facts = self.describe(self.boards, torch.arange(len(self.boards), **like))
-        self.order, self.spare = torch.zeros(self.size, **like), self.boards[:0]
-        self.last = torch.full((), -1, **like)  # the number of the last draw
+        xp, shape = self.xp, (self.size, *self.settings[:2])
+        vars(self).update(dict.fromkeys(self._COUNTERS, 0), seed=seed, rng=np.random.default_rng(seed))
+        self.boards = xp.zeros(shape, dtype=xp.uint8, **self.on)
+        self.facts = xp.zeros((5, self.size), dtype=xp.int64, **self.on)
+        self.spare = self.boards[:0]
+        self.last = xp.full((), -1, **self.on)  # the number of the last draw, which is at most the `most`-th
 
-    def describe(self, boards: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        """(5, L): what an episode on each board begins with, as in the environment's `_episode`."""
-        flat = boards.reshape(len(boards), -1)
-        loose = (flat == BOX).sum(1)
-        return torch.stack([flat.argmax(1), loose, 0 * number, number, loose + (flat == BOX_ON_TARGET).sum(1)])
-
-    def draw_masked(self, done: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A board for each environment (N, H, W), fresh where `done` (N,); and its facts (5, N)."""
-        if not self.serial:
+    def draw(self, done: Any) -> tuple[Any, Any]:
+        """A board for each environment in `done`, and its facts: indices for numpy, for torch a mask (N,), which gets
+        a row for every environment."""
+        if self.most + len(done) > self.serial:
             self.fill()
-        number = done.cumsum(0) + self.last
-        self.last.copy_(number[-1])
-        slot = number % self.size
-        if not self.endless:
-            slot = self.order[slot]
-        return self.boards[slot], self.facts[:, slot]
-
-    def draw(self, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-        boards, facts = self.draw_masked(torch.ones(num, dtype=torch.bool, device=self.device))
-        return boards, facts[3]
-
-    def refill(self) -> None:
-        self.frames += self.num_envs
-        if self.frames >= self.due:
-            self.fill()
+        self.most += len(done)
+        number = self.last + (1 + np.arange(len(done)) if self.backend == "numpy" else done.cumsum(0))
+        self.last[...] = number[-1]
+        slot = number % len(self.boards)
+        return self.boards[slot], _columns(self.facts, slot)
 
     def fill(self) -> None:
-        used = int(self.last) + 1  # waits for the device
-        if used > self.serial:  # the ring went round: what it gave again
-            self.repeated, used = self.repeated + used - self.serial, self.serial
-            self.last.fill_(used - 1)
-        self.drawn = used + self.repeated
-        if self.serial - used < self.size // 2:
-            while self.serial - used < self.size:
-                self.put(self.size - self.serial + used)
-        self.due = self.frames + (self.serial - used) // 2  # no step draws more than it has frames
+        """Put levels where the ring is used up, until every environment can have a fresh one."""
+        size = len(self.boards)  # of another device, after `set_state`
+        self.most = int(self.last) + 1
+        if self.most > self.serial:  # the ring went round, in a CUDA graph without `refill`
+            self.most = self.serial
+            self.last[...] = self.serial - 1
+        while self.serial - self.most < min(self.least, size // 2):
+            number, boards = self.next_levels(size - self.serial + self.most)
+            slots = (self.serial + self.xp.arange(len(boards), **self.on)) % size
+            self.boards[slots], self.facts[:, slots] = boards, self.describe(boards, number)
+            self.serial += len(boards)
 
-    def put(self, room: int) -> None:
-        """New levels, or indices, into the next slots, at most `room`."""
-        if self.endless:
-            while not len(self.spare):
-                self._advance()
-            new, self.spare = self.spare[:room], self.spare[room:]
-        else:
-            new = torch.from_numpy((self.rng.random(room) * len(self.boards)).astype(np.int64)).to(self.device)
-        number = self.serial + torch.arange(len(new), device=self.device)
-        slots = number % self.size
-        if self.endless:
-            self.boards[slots], self.facts[:, slots] = new, self.describe(new, number)
-        else:
-            self.order[slots] = new
-        self.serial += len(new)
-
-    def batches(self) -> range:
-        return range(self.batch, self.batch + (1 if self.device == "cpu" else self.BATCHES))
-
-    def add(self, fresh: torch.Tensor) -> None:
-        self.spare = torch.cat([self.spare, fresh])
-
-    def __deepcopy__(self, memo: dict) -> "_DevicePool":
-        new = copy.copy(self)
-        vars(new).update({name: copy.deepcopy(value) for name, value in vars(new).items() if name != "xp"})
-        return new
+    def next_levels(self, most: int) -> tuple[Any, Any]:
+        """At most so many new levels: their numbers and boards."""
+        if self.levels is not None:
+            index = (self.rng.random(most) * len(self.levels)).astype(np.int64)  # twice as fast as `integers`
+            index = self.xp.asarray(index, **self.on)
+            return index, self.levels[index]
+        for _ in range(20):
+            if not len(self.spare):
+                batches = range(self.batch, self.batch + self.batches)
+                self.batch = batches.stop
+                self.spare, _ = _generate(self.xp, self.on["device"], self.settings, self.seed, batches, solve=False)
+                if self.exclude is not None:
+                    kept = exclude_levels(self.spare, self.exclude)
+                    self.spare = self.spare[self.xp.asarray(kept, **self.on)]
+        if not len(self.spare):
+            height, width, boxes = self.settings
+            raise ValueError(f"the generator finds no {height}x{width} level with {boxes} boxes besides `exclude`")
+        boards, self.spare = self.spare[:most], self.spare[most:]
+        return self.serial + self.xp.arange(len(boards), **self.on), boards
 
     def get_state(self) -> dict[str, Any]:
-        tensors = {name: getattr(self, name).clone() for name in self._TENSORS}
+        tensors = {name: _to_torch(_copy_to(self.xp, getattr(self, name), **self.on)) for name in self._TENSORS}
         counters = {name: getattr(self, name) for name in self._COUNTERS}
         return {"random": self.rng.bit_generator.state, **tensors, **counters}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.restart(state["seed"])
         self.rng.bit_generator.state = state["random"]
-        self.batch = state["batch"]
-        if "last" not in state:  # numpy's, as above
-            return
         vars(self).update({name: state[name] for name in self._COUNTERS})
-        vars(self).update({name: _copy_to(torch, state[name], self.device) for name in self._TENSORS})
+        vars(self).update({name: _copy_to(self.xp, state[name], **self.on) for name in self._TENSORS})
 
 
 def generate_levels(
@@ -732,10 +589,9 @@ def generate_levels(
     size: int | tuple[int, int] = 10,
     num_boxes: int = 4,
     seed: int = 0,
-    device: Any = "cpu",
     max_pulls: int | None = None,
 ) -> tuple[torch.Tensor, list[str]]:
-    """Levels (L, H, W), uint8 on `device`, all different, and a LURD solution of each (udlr moves, UDLR pushes).
+    """Levels (L, H, W), uint8, all different, and a LURD solution of each (udlr moves, UDLR pushes).
 
     The same seed gives the same levels, another one others (on the smallest boards chance repeats some: see
     `exclude_levels`). A ValueError names a size or number of boxes that can't be generated, or says that there are
@@ -746,27 +602,24 @@ def generate_levels(
     """
     height, width = _check_size(size)
     num_levels, num_boxes, seed = map(operator.index, (num_levels, num_boxes, seed))
-    max_pulls = None if max_pulls is None else operator.index(max_pulls)
+    max_pulls = operator.index(max_pulls or 0)
     _check_generator(height, width, num_boxes)
-    device = _check_device(device)
-    xp, found, batch, barren = np if device.type == "cpu" else torch, {}, 0, 0
+    found, batch, barren = {}, 0, 0
     while len(found) < num_levels:
         before = len(found)
-        made = _generate(xp, str(device), (height, width, num_boxes), seed, range(batch, batch + 1), True, max_pulls)
-        *_, (boards, solutions) = made
-        found |= dict(zip((board.tobytes() for board in _to_numpy(boards)), solutions, strict=True))
+        settings = height, width, num_boxes
+        boards, solutions = _generate(np, "cpu", settings, seed, range(batch, batch + 1), True, max_pulls)
+        found |= dict(zip((board.tobytes() for board in boards), solutions, strict=True))
         # Twenty batches without a level, or two with only known ones: there are no more.
         batch, barren = batch + 1, 0 if len(found) > before else barren + 10 * bool(solutions) + 1
         if barren >= 20:
             what = f"{height}x{width} levels with {num_boxes} boxes"
             raise ValueError(f"found only {before} different {what}, asked for {num_levels}")
     chosen = np.frombuffer(bytearray().join([*found][:num_levels]), dtype=np.uint8).reshape(-1, height, width)
-    return torch.tensor(chosen, device=device), [*found.values()][:num_levels]
+    return torch.tensor(chosen), [*found.values()][:num_levels]
 
 
 # ------------------------------------------------------------------------------------------------------- environments
-
-
 class SokobanVectorEnv(gym.vector.VectorEnv):
     """`num_envs` games of Sokoban in lockstep, with same-step autoreset.
 
@@ -775,30 +628,28 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         size: board size, an int or (height, width).
         num_boxes: boxes of each generated level; levels that are handed in may have any number.
         max_episode_steps: steps after which an unsolved episode is truncated; None for no limit.
-        levels: levels (L, H, W), or a list of boards or texts, of which each episode draws one at random; smaller
-            boards are padded with wall. None: fresh levels for ever, from the generator.
+        levels: (L, H, W), or a list of boards or texts, of which each episode draws one at random; smaller boards are
+            padded with wall. None: fresh levels for ever, from the generator.
         observation: `cells` (H, W), `tiny_rgb` (H, W, 3) or `rgb` (8H, 8W, 3), all uint8.
         device: where the state lives and what is returned is: "cpu", "cuda", "cuda:1".
         frame_stack: above 1, an observation is the last frames (frame_stack, ...), oldest first; a reset fills it.
         render_mode: `rgb_array` or `ansi`.
-        copy: False returns a view of the environment's own observation buffer, which the next `step`, `reset` or
-            `set_state` overwrites. (Stacked frames, rewards, flags and info are the caller's own in either case.)
+        copy: False returns a view of the environment's observation buffer (if frames aren't stacked), which the next
+            `step`, `reset` or `set_state` overwrites. Everything else that is returned is the caller's own.
         backend: "numpy" or "torch"; None takes numpy on the CPU and torch elsewhere.
         exclude: levels, as in `levels`, that the generator must not hand out: those of an evaluation.
 
     `step` returns tensors on `device`: observation (N, ...), reward (N,) float32, terminated (N,) and truncated (N,)
-    bool (a level solved in its last step is terminated, not truncated), and info. When episodes end (on the torch
-    backend, which does not wait to learn that: always) info holds
-    - `final_obs` (N, ...): what the step led to, before any reset: the last observation of the episode where the mask
-      `_final_obs` (N,) is True, elsewhere what `step` returns. So `info.get("final_obs", observation)` is the true next
-      observation of every row;
+    bool (a level solved in its last step is terminated, not truncated), and info. When an episode ends (with torch
+    always, for the host does not wait to learn that) info holds
+    - `final_obs` (N, ...): the last observation of the episode where the mask `_final_obs` (N,) is True, elsewhere what
+      `step` returns: `info.get("final_obs", observation)` is the true next observation of every row;
     - `final_info`: a dict of (N,) tensors, each with its mask `_...` (N,): `success`, `boxes_on_target`, `level` (index
       in `levels`, serial number of a generated one, or -1), and `episode`, a dict of `r` (return) and `l` (length).
-    With generated levels, info["level_repeats"] is the share of levels so far that had been handed out before.
     """
 
     metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 8, "autoreset_mode": AutoresetMode.SAME_STEP}
-    _VIEWS = ("_xp", "_board", "_frame", "_player", "_loose", "_steps", "_level", "_boxes")  # what `_link` makes
+    _VIEWS = ("_board", "_frame", "_player", "_loose", "_steps", "_level", "_boxes")  # what `_link` makes
     _COUNTERS = ("steps", "return", "level")  # of each environment's episode
 
     def __init__(
@@ -819,7 +670,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     ):
         self.height, self.width = height, width = _check_size(size)
         _check_observation(observation)
-        self.device = _check_device(device)
+        self.device = torch.empty(0, device=device).device  # with its index
         steps = 1 if max_episode_steps is None else operator.index(max_episode_steps)
         num_envs, num_boxes, frame_stack = map(operator.index, (num_envs, num_boxes, frame_stack))
         for name, value in (("num_envs", num_envs), ("max_episode_steps", steps), ("frame_stack", frame_stack)):
@@ -830,17 +681,15 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if backend not in (None, "torch", *["numpy"] * (self.device.type == "cpu")):
             raise ValueError(f"unknown backend {backend!r} for {self.device}: numpy (on the CPU only) or torch")
         self.backend = backend or ("numpy" if self.device.type == "cpu" else "torch")
-        self._xp = xp = {"numpy": np, "torch": torch}[self.backend]
-        on = {"device": str(self.device)}
+        xp, on = self._xp, {"device": str(self.device)}
         if levels is None:
             _check_generator(height, width, num_boxes)
         else:
             levels = self._own(_pad_levels(levels, (height, width), "levels"))
-        exclude = None if exclude is None else self._own(_pad_levels(exclude, (height, width), "exclude"))
+        exclude = None if exclude is None else _pad_levels(exclude, (height, width), "exclude")
         self.num_envs, self.observation, self.render_mode, self.copy = num_envs, observation, render_mode, copy
         self.max_episode_steps = math.inf if max_episode_steps is None else steps
-        pool = _Pool if xp is np else _DevicePool
-        self._pool = pool(xp, str(self.device), (height, width, num_boxes), levels, num_envs, exclude)
+        self._pool = _Pool(self.backend, str(self.device), (height, width, num_boxes), levels, num_envs, exclude)
 
         s = {"cells": 0, "tiny_rgb": 1, "rgb": 8}[observation]  # pixels of a cell's side
         frame = (s * height, s * width, 3) if s else (height, width)
@@ -850,21 +699,12 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
-        strides, three = np.array([0, -width, width, -1, 1]), np.arange(3)[:, None]
-        if xp is np:
-            self._strides, self._three = strides, three
-            self._next_cells, self._moved, self._gain, self._reward = _NEXT_CELLS, _MOVED, _GAIN, _REWARD
-        else:
-            changes = np.stack(
-                [_MOVED, -_GAIN, np.ones_like(_GAIN)]
-            )  # of position (in strides), boxes off target, steps
-            pay = np.stack([_REWARD, np.float32(SOLVED_REWARD) * (_GAIN > 0)])  # at once, and if that solves the level
-            tables = _NEXT_CELLS.reshape(3, 98), changes, pay.astype(np.float32)
-            tables = [np.pad(table, ((0, 0), (49 * PLAYER, 0))) for table in tables]  # their first case is player 5
-            tables += [strides * three, np.array([[49], [7], [1]])]
-            self._next_cells, self._changes, self._pay, self._strides, self._place_value = map(self._own, tables)
+        strides = np.arange(3)[:, None] * [0, -width, width, -1, 1]  # from the player to the three cells of a rule
+        tables = strides, [[49], [7], [1]], _NEXT_CELLS, _CHANGES, _PAY
+        self._strides, self._place_value, self._next_cells, self._changes, self._pay = map(self._own, tables)
         self._flat = xp.zeros(num_envs * height * width + width, dtype=xp.uint8, **on)
-        self._rows = xp.arange(num_envs, **on)
+        self._start = xp.arange(num_envs, **on) * (height * width)  # where each board starts
+        self._all = xp.arange(num_envs) if xp is np else xp.ones(num_envs, dtype=xp.bool, **on)
         # rows of (N,): position, boxes off target, steps, number of the level, boxes
         self._episode = xp.zeros((5, num_envs), dtype=xp.int64, **on)
         self._return = xp.zeros(num_envs, dtype=xp.float64, **on)
@@ -874,6 +714,10 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self._link()
         self._past = [xp.zeros_like(self._frame) for _ in range(*stack)] if stack else []  # oldest first
         self._started = False
+
+    @property
+    def _xp(self) -> Any:
+        return np if self.backend == "numpy" else torch
 
     def _own(self, array: Any) -> Any:
         return _copy_to(self._xp, array, str(self.device))
@@ -887,12 +731,11 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self._frame = self._board if self._image is None else self._image.reshape(self.num_envs, *frame)  # up to date
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: a module can't be copied, and a copied view would no longer share its buffer."""
+        """For copy and pickle: a copied view would no longer share its buffer."""
         return {name: value for name, value in vars(self).items() if name not in self._VIEWS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._xp = {"numpy": np, "torch": torch}[self.backend]
         self._link()
 
     def __copy__(self) -> "SokobanVectorEnv":
@@ -906,6 +749,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             options: what to start from, {"levels": N boards or texts} or {"level_indices": N indices into the
                 environment's `levels`}. Autoreset draws as ever.
         """
+        if seed is not None and not hasattr(seed, "__index__"):
+            raise TypeError(f"seed must be an integer, got {seed!r}: all environments share one random generator")
         seed = None if seed is None else operator.index(seed)
         super().reset(seed=seed)
         if seed is not None or not self._started:
@@ -916,78 +761,58 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if "levels" in options:
             boards, number = self._own(_pad_levels(options["levels"], (self.height, self.width), "options levels")), -1
         elif "level_indices" in options:
-            number = self._own(options["level_indices"])
-            if self._pool.endless or ((number < 0) | (number >= len(self._pool.boards))).any():
+            number, levels = self._own(options["level_indices"]), self._pool.levels
+            if levels is None or ((number < 0) | (number >= len(levels))).any():
                 raise ValueError("level_indices must point into the `levels` that the environment was made with")
-            boards = self._pool.boards[number]
+            boards = levels[number]
         else:
-            self._pool.fill()
-            boards, number = self._pool.draw(self.num_envs)
+            self._begin(self._all)
+            return self._observe(), {}
         if len(boards) != self.num_envs:
             raise ValueError(f"reset options hold {len(boards)} levels for {self.num_envs} environments")
-        self._place(self._rows, boards, number)
-        self._started = True
-        return self._observe(), self._pool.info()
+        self._begin(self._all, boards, self._pool.describe(boards, number))
+        return self._observe(), {}
 
     def step(self, actions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Move in every environment; those whose episode ends start the next level at once (see the class)."""
         reward, terminated, truncated = self._move(actions)
         done = terminated | truncated
         info: dict[str, Any] = {}
-        if self._xp is torch:  # a fixed sequence of kernels, which waits for nothing
+        if self.backend == "torch":  # a fixed sequence of kernels, which waits for nothing
             info = self._final_info(done, terminated)
-            self._replace(done)
+            self._begin(done)
         elif done.any():
             info = self._final_info(done, terminated)
-            finished = np.flatnonzero(done)
-            self._place(finished, *self._pool.draw(len(finished)))
-        self._pool.refill()
-        return self._observe(), _to_torch(reward), _to_torch(terminated), _to_torch(truncated), info | self._pool.info()
+            self._begin(np.flatnonzero(done))
+        return self._observe(), _to_torch(reward), _to_torch(terminated), _to_torch(truncated), info
 
     def _move(self, actions: Any) -> tuple[Any, Any, Any]:
         """The rules, for all environments at once: reward, terminated, truncated, (N,) each; boards change in place."""
-        xp = self._xp
-        actions = self._check_actions(actions)
-        if xp is np:
-            at = (
-                self._player + self._three * self._strides[actions]
-            )  # (3, N): the player, the cell ahead, the one behind
-            before = self._flat[at]
-            case = ((before[0] - PLAYER) * 49 + before[1] * 7 + before[2]).astype(np.int64)  # which of `_CASES`
-            cells = self._next_cells.take(case + 98 * self._three)
-            self._player[:] = np.where(self._moved[case], at[1], at[0])
-            gain, reward = self._gain[case], self._reward[case]
-            self._loose -= gain
-            self._steps += 1
-            terminated = self._loose == 0
-            reward = np.where(terminated & (gain > 0), reward + SOLVED_REWARD, reward)
-        else:  # the same in fewer kernels
-            strides = self._strides[:, actions]
-            at = self._player + strides
-            before = self._flat[at]
-            case = (before * self._place_value).sum(0)
-            cells = self._next_cells[:, case]
-            changes = self._changes[:, case]
-            changes[0].mul_(strides[1])
-            self._episode[:3].add_(changes)
-            terminated = self._loose == 0
-            reward, bonus = self._pay[:, case]
-            reward += bonus * terminated
+        strides = _columns(self._strides, self._check_actions(actions))
+        at = self._player + strides  # (3, N): the player, the cell ahead, the one behind
+        before = self._flat[at]
+        case = (before * self._place_value).sum(0)  # which of `_CASES`
+        cells, changes = _columns(self._next_cells, case), _columns(self._changes, case)
+        moves, episode = changes[0], self._episode[:3]  # names, for `x[0] += y` would copy x[0] onto itself
+        moves *= strides[1]
+        episode += changes
+        terminated = self._loose == 0
+        reward, bonus = _columns(self._pay, case)
+        reward += bonus * terminated
         self._flat[at] = cells
         self._return += reward
         truncated = (self._steps >= self.max_episode_steps) > terminated
         if self._image is not None:
             # Only what changed, where asking is cheap: the pixels of a cell are spread over memory that no cache holds.
-            drawn = cells != before if xp is np else slice(None)
-            at, cells = at[drawn], xp.asarray(cells[drawn], dtype=xp.int64)
+            drawn = cells != before if self.backend == "numpy" else slice(None)
+            at, cells = at[drawn], self._xp.asarray(cells[drawn], dtype=self._xp.int64)
             # A row above or below all boards is, modulo their number, another border: wall on wall.
             row = at // self.width % (self.num_envs * self.height)
             self._image[row, :, at % self.width] = self._blocks[cells]
-        if self._past and xp is np:
+        if self._past and self.backend == "numpy":
             self._past.append(self._past.pop(0))
-        elif self._past:  # in place, for a CUDA graph
-            for past, following in itertools.pairwise(self._past):
-                past.copy_(following)
+        for past, following in itertools.pairwise(self._past) if self.backend == "torch" else ():
+            past.copy_(following)  # in place, for a CUDA graph
         if self._past:
             self._past[-1][:] = self._frame
         return reward, terminated, truncated
@@ -1000,9 +825,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if actions.shape != (self.num_envs,) or actions.dtype in (xp.float32, xp.float64, xp.bool):
             raise ValueError(f"actions must be {self.num_envs} integers, got {actions.dtype} {tuple(actions.shape)}")
         if self.device.type != "cpu":  # without waiting for the device
-            torch._assert_async(
-                (actions.clamp(0, RIGHT) == actions).all(), "an action is out of range, they are 0 to 4"
-            )
+            in_range = (actions.clamp(0, RIGHT) == actions).all()
+            torch._assert_async(in_range, "an action is out of range, they are 0 to 4")
             return actions.long()
         wrong = (actions < 0) | (actions > RIGHT)
         if wrong.any():
@@ -1010,39 +834,35 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"action {int(actions[i])} of environment {i} is out of range, actions are 0 to 4")
         return xp.asarray(actions, dtype=xp.int64)
 
-    def _place(self, rows: Any, boards: Any, number: Any) -> None:
-        """Put boards (len(rows), H, W) into environments `rows`, as new episodes."""
-        flat = boards.reshape(len(boards), -1)
-        self._board[rows] = boards
-        self._player[rows] = rows * flat.shape[1] + flat.argmax(1)  # the player's value is the highest
-        self._loose[rows] = loose = (flat == BOX).sum(1)
-        self._boxes[rows] = loose + (flat == BOX_ON_TARGET).sum(1)
-        self._steps[rows] = self._return[rows] = 0
-        self._level[rows] = number
+    def _begin(self, done: Any, boards: Any = None, facts: Any = None) -> None:
+        """New episodes, on boards of the pool if none are given, with what `_Pool.describe` says of them.
+
+        `done` and the rows of `boards`: indices for numpy; for torch a mask (N,), and a row for every environment.
+        """
+        if boards is None:
+            boards, facts = self._pool.draw(done)
+        indexed = self.backend == "numpy"
+        position = facts[0]
+        position += self._start[done] if indexed else self._start
+
+        def put(old: Any, new: Any) -> None:
+            if indexed:
+                old[done] = new
+            else:
+                torch.where(done.reshape(-1, *[1] * (old.ndim - 1)), new, old, out=old)
+
+        put(self._board, boards)
+        put(self._episode.T, facts.T)
+        put(self._return, facts[2])  # zeros
         if self._image is not None:
-            self._frame[rows] = self._pictures(boards)
+            put(self._frame, self._pictures(boards))
         for past in self._past:
-            past[rows] = self._frame[rows]
+            put(past, self._frame[done] if indexed else self._frame)
+        self._started = True
 
     def _pictures(self, boards: Any) -> Any:
         pixels = self._xp.moveaxis(self._blocks[self._xp.asarray(boards, dtype=self._xp.int64)], 3, 2)
         return pixels.reshape(-1, *self._frame.shape[1:])  # from (..., H, s, W, s, 3)
-
-    def _replace(self, done: torch.Tensor) -> None:
-        """`_place` fresh levels under a mask (N,), without waiting for the device."""
-        boards, episode = self._pool.draw_masked(done)
-        episode[0].add_(self._rows, alpha=boards[0].numel())
-
-        def put(new: torch.Tensor, old: torch.Tensor) -> None:
-            torch.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old, out=old)
-
-        put(boards, self._board)
-        torch.where(done, episode, self._episode, out=self._episode)
-        self._return.masked_fill_(done, 0)
-        if self._image is not None:
-            put(self._pictures(boards), self._frame)
-        for past in self._past:
-            put(self._frame, past)
 
     def _observe(self) -> torch.Tensor:
         if self._past:
@@ -1052,7 +872,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
     def _final_info(self, done: Any, terminated: Any) -> dict[str, Any]:
         """What gymnasium's same-step autoreset reports of the episodes that have just ended."""
         xp, mask = self._xp, _to_torch(done)
-        last = xp.stack(self._past, 1) if self._past else xp.asarray(self._frame, copy=True)
+        last = xp.stack(self._past, 1) if self._past else xp.asarray(self._frame, copy=True)  # before the next begins
         _, loose, steps, level, boxes = self._episode * done
         total = xp.asarray(self._return * done, dtype=xp.float32)
 
@@ -1094,7 +914,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"state['cells'] is {tuple(cells.shape)}, this environment's {tuple(self._board.shape)}")
         if self.device.type == "cpu":
             _check_boards(_to_numpy(cells), "state['cells']", unsolved=False)
-        self._place(self._rows, self._own(cells), -1)
+        boards = self._own(cells)
+        self._begin(self._all, boards, self._pool.describe(boards, -1))
         for name in self._COUNTERS:
             if name in state:
                 getattr(self, f"_{name}")[:] = self._own(state[name])
@@ -1102,7 +923,6 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             past[:] = self._own(state["frames"][:, i]) if "frames" in state else past
         if "pool" in state:
             self._pool.set_state(state["pool"])
-        self._started = True
         return self._observe()
 
     def render(self) -> tuple[Any, ...] | None:
@@ -1116,8 +936,8 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
 class SokobanEnv(gym.Env):
     """One game of Sokoban, numpy in and out: the arguments and rules of `SokobanVectorEnv`, without autoreset.
 
-    info holds `success`, `boxes_on_target`, `level` and, with generated levels, `level_repeats`; `reset` takes options
-    {"level": board or text} or {"level_index": int}.
+    info holds `success`, `boxes_on_target` and `level`; `reset` takes options {"level": board or text} or
+    {"level_index": int}.
     """
 
     metadata = {"render_modes": ["human", "rgb_array", "ansi"], "render_fps": 8}
@@ -1139,7 +959,6 @@ class SokobanEnv(gym.Env):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         env = self._env
         reward, terminated, truncated = env._move([action])
-        env._pool.refill()
         info = self._info(bool(terminated[0]))
         if self.render_mode == "human":
             self.render()
@@ -1147,7 +966,7 @@ class SokobanEnv(gym.Env):
 
     def _info(self, success: bool) -> dict[str, Any]:
         boxes, level = int((self._env._flat == BOX_ON_TARGET).sum()), int(self._env._level[0])
-        return {"success": success, "boxes_on_target": boxes, "level": level, **self._env._pool.info()}
+        return {"success": success, "boxes_on_target": boxes, "level": level}
 
     def get_state(self, *, pool: bool = True) -> dict[str, Any]:
         return self._env.get_state(pool=pool)
@@ -1208,55 +1027,45 @@ class SokobanGymVectorEnv(SokobanVectorEnv):
         elif seed is not None or options or not self._started or np.shape(mask) != (self.num_envs,):
             raise ValueError(f"reset_mask: {self.num_envs} bools, without seed or other options, after a full reset")
         else:
-            observation = self._restart(np.asarray(mask, dtype=bool))
+            self._restart(np.asarray(mask, dtype=bool))
+            observation = self._observe()
         self._ended &= ~mask
         return _to_numpy(observation), self._info(mask)
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        mode, started = self.metadata["autoreset_mode"], self._ended
-        if mode == AutoresetMode.DISABLED and started.any():
+        mode, begin = self.metadata["autoreset_mode"], self._ended
+        if mode == AutoresetMode.DISABLED and begin.any():
             raise gym.error.ResetNeeded('an episode has ended: reset(options={"reset_mask": terminated | truncated})')
-        if started.any():
-            actions = np.where(started, NOOP, _to_numpy(self._check_actions(actions)))
+        actions = np.where(begin, NOOP, _to_numpy(self._check_actions(actions)))
         reward, terminated, _ = (np.array(_to_numpy(array)) for array in self._move(actions))
         truncated = _to_numpy(self._steps) >= self.max_episode_steps
-        info: dict[str, Any] = {}
-        if mode == AutoresetMode.SAME_STEP:
-            ended = terminated | truncated
-            if ended.any():
-                last, final_obs = _to_numpy(self._observe()), np.full(self.num_envs, None, dtype=object)
-                for i in np.flatnonzero(ended):
-                    final_obs[i] = last[i].copy()
-                final = self._info(ended, terminated)
-                info = {"final_obs": final_obs, "_final_obs": ended, "final_info": final, "_final_info": ended.copy()}
-                self._restart(ended)
-            info |= self._info(np.ones_like(ended), terminated & ~ended)
-        else:
-            for array in (reward, terminated, truncated):
-                array[started] = 0
-            if started.any():
-                self._restart(started)
-            info = self._info(np.ones_like(started), terminated)
-            self._ended = terminated | truncated
-        self._pool.refill()
+        for array in (reward, terminated, truncated):
+            array[begin] = 0
+        done, info = terminated | truncated, {}
+        if mode != AutoresetMode.SAME_STEP:
+            self._ended = done
+        elif done.any():
+            last, final_obs = _to_numpy(self._observe()), np.full(self.num_envs, None, dtype=object)
+            for i in np.flatnonzero(done):
+                final_obs[i] = last[i].copy()
+            info = {"final_obs": final_obs, "_final_obs": done, "_final_info": done.copy()}
+            info["final_info"] = self._info(done, terminated)
+            begin = done
+        self._restart(begin)
+        info |= self._info(np.ones_like(done), terminated & ~begin)
         return _to_numpy(self._observe()), reward, terminated, truncated, info
 
-    def _restart(self, mask: np.ndarray) -> torch.Tensor:
-        rows = self._xp.asarray(np.flatnonzero(mask), device=str(self.device))
-        self._place(rows, *self._pool.draw(len(rows)))
-        return self._observe()
+    def _restart(self, mask: np.ndarray) -> None:
+        if mask.any():
+            self._begin(np.flatnonzero(mask) if self.backend == "numpy" else torch.as_tensor(mask, device=self.device))
 
     def _info(self, mask: np.ndarray, success: np.ndarray | bool = False) -> dict[str, Any]:
         """What `SokobanEnv` reports of each environment in `mask`."""
         boxes = _to_numpy((self._board == BOX_ON_TARGET).sum((1, 2)))
-        values = {"success": mask & success, "boxes_on_target": boxes, "level": _to_numpy(self._level)}
-        for name, share in self._pool.info().items():
-            values[name] = np.full(self.num_envs, float(share))
-        return {
-            key: array
-            for name, value in values.items()
-            for key, array in ((name, np.where(mask, value, np.zeros_like(value))), (f"_{name}", mask.copy()))
-        }
+        info = {}
+        for name, value in (("success", success), ("boxes_on_target", boxes), ("level", _to_numpy(self._level))):
+            info |= {name: mask * value, f"_{name}": mask.copy()}
+        return info
 
 
 def _make_single(**kwargs: Any) -> SokobanEnv:

@@ -287,3 +287,18 @@ def test_tracking_without_a_login_says_what_to_do():
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("--track: ") and "WANDB_MODE=offline" in last and "Traceback" not in result.stderr
+
+
+def test_help_can_be_shown_by_a_windows_pipe():
+    """All in one process, which knows cp1252 only: importing torch is what takes long."""
+    tool = ROOT / "tools" / "sokoban.py"
+    commands = [[str(ROOT / f"{name}.py")] for name in TEXTS if name != "sokoban_env"]
+    commands += [[str(tool), *command] for command in ([], ["play"], ["generate"], ["render"], ["check"])]
+    code = "import runpy, sys\nfor words in " + repr(commands) + ":\n"
+    code += "    sys.argv = [*words, '--help']\n    try:\n        runpy.run_path(words[0], run_name='__main__')\n"
+    code += "    except SystemExit as end:\n        assert not end.code, words\n"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr.decode("cp1252")
+    shown = result.stdout.decode("cp1252")
+    assert shown.count("usage: ") == len(commands) and all(pathlib.Path(words[0]).name in shown for words in commands)
