@@ -670,7 +670,7 @@ class _DevicePool(_Pool):
 
     def refill(self) -> None:
         self.frames += self.num_envs
-        if self.frames >= self.due:
+        if self.frames >= self.due and not torch.cuda.is_current_stream_capturing():
             self.fill()
 
     def fill(self) -> None:
