@@ -62,7 +62,6 @@ class Args:
     track: bool = False  # track the run in Weights and Biases
     wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
     wandb_entity: str | None = None  # the Weights and Biases team
-    capture_video: bool = False  # write a GIF of evaluation episodes beside the agent
     save_model: bool = True  # write agent.pt (weights only) at the end
 
     # Algorithm specific arguments
@@ -75,7 +74,7 @@ class Args:
     frame_stack: int = 1  # frames of an observation
     view: Literal["player", "board"] = "player"  # player: networks see the board with the player in its middle
     levels: str | None = None  # train on this Boxoban file or folder instead of generated levels
-    total_timesteps: int = 1_000_000  # environment frames, those of the model's pretraining included
+    total_timesteps: int = 600_000  # environment frames, those of the model's pretraining included
     num_envs: int = 64  # parallel environments of each process
     num_steps: int = 32  # steps of a rollout before each update
     optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSProp is the paper's
@@ -270,18 +269,20 @@ def cell_planes(cells: Tensor) -> Tensor:
 
 
 def player_view(cells: Tensor) -> Tensor:
-    """Boards (..., H, W) rolled so that the player stands in the middle, at ((H-1)//2, (W-1)//2): (..., H-1, W-1).
+    """Boards (..., H, W) rolled so that the player stands in the middle: (..., V, V'), odd sides.
 
-    Row 0 and row H-1 are both wall, and columns alike: counted modulo H-1, the wall stands in the result once.
+    Where H is even V is H-1: rows 0 and H-1 are both wall, and one is left out. So the middle is a cell, and the view of
+    a turned board is the turned view.
     """
     height, width = cells.shape[-2:]
+    view_height, view_width = (height - 1) // 2 * 2 + 1, (width - 1) // 2 * 2 + 1
     boards = cells.reshape(-1, height * width)
     player = boards.argmax(1)[:, None]  # (N, 1), its value is the highest
-    y, x = torch.arange(height - 1, device=cells.device), torch.arange(width - 1, device=cells.device)
-    rows = (player // width + y - (height - 1) // 2) % (height - 1)  # (N, H-1)
-    columns = (player % width + x - (width - 1) // 2) % (width - 1)  # (N, W-1)
+    y, x = torch.arange(view_height, device=cells.device), torch.arange(view_width, device=cells.device)
+    rows = (player // width + y - view_height // 2) % view_height  # (N, V)
+    columns = (player % width + x - view_width // 2) % view_width  # (N, V')
     index = rows[:, :, None] * width + columns[:, None, :]
-    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], height - 1, width - 1)
+    return boards.gather(1, index.flatten(1)).reshape(*cells.shape[:-2], view_height, view_width)
 
 
 def generalized_advantages(
@@ -304,7 +305,7 @@ def generalized_advantages(
 
 
 def to_planes(frames: Tensor, kind: str, view: str) -> Tensor:
-    """Frames (B, F, H, W[, 3]) uint8 to network input (B, F * P, H, W), float32; H-1, W-1 from the player's view."""
+    """Frames (B, F, H, W[, 3]) uint8 to network input (B, F * P, H, W), float32; H, W of the view."""
     if kind == "rgb":
         return frames.permute(0, 1, 4, 2, 3).float().flatten(1, 2) / 255
     if view == "player":
@@ -319,9 +320,6 @@ class FrameNet(nn.Module):
     def __init__(self, args: Args, planes: int, channels: tuple[int, ...], units: int, first_stride: int = 1) -> None:
         super().__init__()
         self.kind, self.view = args.observation, args.view
-        pixels = 8 * args.size if self.kind == "rgb" else args.size
-        if self.view == "player":
-            pixels -= 1
         layers: list[nn.Module] = []
         for i, width in enumerate(channels):
             if self.kind == "rgb":
@@ -332,6 +330,9 @@ class FrameNet(nn.Module):
             layers += [layer_init(conv), nn.ReLU()]
             planes = width
         self.convs = nn.Sequential(*layers, nn.Flatten())
+        pixels = 8 * args.size if self.kind == "rgb" else args.size
+        if self.view == "player":
+            pixels = (pixels - 1) // 2 * 2 + 1
         features = self.convs(torch.zeros(1, layers[0].in_channels, pixels, pixels)).shape[1]
         self.dense = layer_init(nn.Linear(features, units))
 
@@ -852,10 +853,8 @@ def read_levels(path: str, size: int) -> Tensor:
     """The levels (L, H, W) of a Boxoban file or folder."""
     try:
         return sokoban_env.load_levels(path, size)
-    except OSError as e:
-        sys.exit(f"can't read {path}: {e.strerror}")
-    except ValueError as e:
-        sys.exit(str(e))
+    except (OSError, ValueError) as e:
+        sys.exit(f"--levels or --eval-levels: {e}")
 
 
 def held_out_levels(args: Args) -> Tensor:
@@ -879,50 +878,32 @@ def make_envs(
 
 @torch.no_grad()
 def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.device) -> tuple[dict, Tensor]:
-    """Play each level (L, H, W) once.
-
-    Returns:
-        metrics: share solved, mean steps of the solved, imagined steps per solved level; and the boards (S, 8, H, W) of
-        eight games at every step, where those that are over stand still.
-    """
-    rng, films = torch.Generator(device).manual_seed(args.seed), []
-    solved = steps = solved_steps = 0
+    """Play each level (L, H, W) once; returns metrics, and which levels were solved (L,)."""
+    rng = torch.Generator(device).manual_seed(args.seed)
+    solved, lengths = [], []
     for part in levels.split(1024):
         envs = make_envs(args, len(part), part, device)
         observation, _ = envs.reset(seed=args.seed, options={"levels": part})
-        playing, film = torch.ones(len(part), dtype=torch.bool, device=device), [part[:8].to(device)]
+        playing = torch.ones(len(part), dtype=torch.bool, device=device)
+        solved.append(torch.zeros_like(playing))
+        lengths.append(torch.zeros(len(part), device=device))
         while playing.any():
             frames = as_frames(observation, args.frame_stack)
             imagined = imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
             logits, _ = networks["agent"](frames, imagined)
             action = logits.argmax(-1) if args.greedy else sample(logits, rng)
-            observation, _, terminated, truncated, info = envs.step(action)
-            last = as_frames(info.get("final_obs", observation), args.frame_stack)[:8, -1]
-            last = convert_observation(last, args.observation, "cells")
-            film.append(torch.where(playing[:8, None, None], last, film[-1]))
-            steps += playing.sum().item()
-            wins, now = (playing & terminated).sum().item(), len(film) - 1  # the step
-            solved += wins
-            solved_steps += wins * now
+            observation, _, terminated, truncated, _ = envs.step(action)
+            lengths[-1] += playing
+            solved[-1] |= playing & terminated
             playing &= ~(terminated | truncated)
-        films.append(torch.stack(film))
-    metrics = {"eval/solved": solved / len(levels)}
-    if solved:
-        metrics["eval/mean_steps"] = solved_steps / solved
-    if solved and args.agent == "i2a":
-        metrics["eval/imagined_steps_per_solved"] = A * args.imagination_depth * steps / solved
-    return metrics, films[0]
-
-
-def write_gif(path: pathlib.Path, boards: Tensor) -> None:
-    """Boards (S, N, H, W) as a film of N games side by side."""
-    from PIL import Image  # comes with matplotlib
-
-    pictures = convert_observation(boards.cpu(), "cells", "rgb").transpose(1, 2).flatten(2, 3).numpy()
-    film = [Image.fromarray(picture).resize((2 * picture.shape[1], 2 * picture.shape[0]), 0) for picture in pictures]
-    with replacing(path) as temporary:
-        film[0].save(temporary, format="GIF", save_all=True, append_images=film[1:], duration=150, loop=0)
-    print(f"wrote {path}")
+    which, steps = torch.cat(solved), torch.cat(lengths)
+    metrics = {"eval/solved": which.float().mean().item()}
+    if which.any():
+        metrics["eval/mean_steps"] = steps[which].mean().item()
+    if which.any() and args.agent == "i2a":
+        imagined_steps = A * args.imagination_depth * steps.sum()
+        metrics["eval/imagined_steps_per_solved"] = (imagined_steps / which.sum()).item()
+    return metrics, which
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -950,10 +931,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--imagination-depth must be at least 1, and --model-frames 640")
     if not 0 <= args.seed < EVAL_SEED // 1000:
         sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}")
-    try:
-        generate_levels(1, size=args.size, num_boxes=args.num_boxes)
-    except ValueError as e:
-        sys.exit(str(e))
     return args
 
 
@@ -983,10 +960,8 @@ def main(args: Args) -> None:
         for network in networks.values():
             network.compile()
     if args.evaluate:
-        metrics, boards = evaluate(args, networks, eval_levels, device)
+        metrics, _ = evaluate(args, networks, eval_levels, device)
         print(f"{path}, trained on {state['global_step']:,} frames: {json.dumps(metrics)}")
-        if args.capture_video:
-            write_gif(pathlib.Path(path).with_suffix(".gif"), boards)
         return
 
     # ---- everything that the loop touches; a new run, or one that goes on
@@ -1126,14 +1101,11 @@ def main(args: Args) -> None:
     # ---- evaluate on held-out levels, and export
     bar.close()
     if rank == 0:
-        metrics, boards = evaluate(args, networks, eval_levels, device)
-        logger.log(global_step, metrics)
-        if args.capture_video:
-            write_gif(logger.path.with_name("episodes.gif"), boards)
+        logger.log(global_step, evaluate(args, networks, eval_levels, device)[0])
         if args.save_model:
             export = {"args": asdict(replace(args, resume=None)), "networks": networks.state_dict()}
             save_checkpoint(logger.path.with_name("agent.pt"), export | {"global_step": global_step})
-            print(f"to see it play: python i2a.py --evaluate runs/{run_name}/agent.pt --capture-video")
+            print(f"wrote runs/{run_name}/agent.pt: python i2a.py --evaluate plays it on held-out levels")
         logger.close()
     if world > 1:
         dist.destroy_process_group()

@@ -91,27 +91,6 @@ class Levels:
     max_episode_steps: int | None = None  # steps of a play; None: the agent's own
 
 
-@torch.no_grad()
-def solves(args: i2a.Args, networks: nn.ModuleDict, levels: Tensor, seed: int) -> Tensor:
-    """Which levels (L,) one play of each solves."""
-    rng, parts = torch.Generator().manual_seed(seed), []
-    for part in levels.split(1024):
-        envs = i2a.make_envs(args, len(part), part, CPU)
-        observation, _ = envs.reset(seed=seed, options={"levels": part})
-        solved, playing = (torch.full((len(part),), value) for value in (False, True))
-        while playing.any():
-            frames = i2a.as_frames(observation, args.frame_stack)
-            logits, _ = networks["agent"](
-                frames, i2a.imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
-            )
-            action = logits.argmax(-1) if args.greedy else i2a.sample(logits, rng)
-            observation, _, terminated, truncated, _ = envs.step(action)
-            solved |= playing & terminated
-            playing &= ~(terminated | truncated)
-        parts.append(solved)
-    return torch.cat(parts)
-
-
 def levels_command(flags: Levels) -> None:
     rows = []
     for path in flags.paths:
@@ -119,13 +98,14 @@ def levels_command(flags: Levels) -> None:
         args = replace(args, max_episode_steps=flags.max_episode_steps or args.max_episode_steps)
         boards = i2a.read_levels(flags.levels, args.size)[: flags.most_levels]
         who = about(path, args) | {"file": flags.levels, "steps": args.max_episode_steps}
-        greedy = solves(replace(args, greedy=True), networks, boards, seed=1).float().mean().item()
+        greedy = i2a.evaluate(replace(args, greedy=True, seed=1), networks, boards, CPU)[0]["eval/solved"]
         rows.append(shown(who | {"actions": "greedy", "plays": 1} | share(greedy, len(boards))))
         solved = torch.zeros(len(boards), dtype=torch.bool)
         for play in range(1, flags.plays + 1):
             left = (~solved).nonzero()[:, 0]
             if len(left):
-                solved[left] = solves(replace(args, greedy=False), networks, boards[left], seed=play)
+                playing = replace(args, greedy=False, seed=play)
+                solved[left] = i2a.evaluate(playing, networks, boards[left], CPU)[1]
             row = who | {"actions": "sampled", "plays": play}
             rows.append(shown(row | share(solved.float().mean().item(), len(boards))))
     write_rows(rows, "i2a_levels.csv")

@@ -91,6 +91,7 @@ PROGRAMS = {
         "--report-only",
         "benchmark/results/world_model_summary.csv docs/world_model_curves.png docs/world_model_limits.png",
     ),
+    "benchmark/overview.py": ("", "docs/overview.png"),
     "tools/sokoban.py render": ("--num-levels 2", "docs/sokoban_levels.png"),
 }
 NOT_RUN = {

@@ -292,7 +292,7 @@ def test_measuring_and_compiling_change_nothing(monkeypatch: pytest.MonkeyPatch)
 
 VARIANTS = [
     ["--agent", "model-free", "--view", "board", "--no-norm-adv"],
-    ["--env-model", "perfect", "--rollout-policy", "random", "--no-symmetry", "--capture-video"],
+    ["--env-model", "perfect", "--rollout-policy", "random", "--no-symmetry"],
     ["--env-model", "copy", "--bf16", "--lstm", "6"],
     ["--env-model", "poor", "--no-reward-prediction", "--imagination-depth", "1"],
     ["--frame-stack", "4", "--optimizer", "rmsprop", "--finetune-model"],
@@ -306,7 +306,6 @@ def test_every_variant_runs(flags: list[str]):
     folder = train(*TINY, "--model-frames", "1024", "--total-timesteps", "1152", "--eval-episodes", "4", *flags)
     rows = rows_of(folder)
     assert rows[-1]["eval/solved"] >= 0 and all(np.isfinite(x) for row in rows for x in row.values())
-    assert (folder / "episodes.gif").exists() == ("--capture-video" in flags)
 
 
 def test_a_pretrained_policy_acts_in_imagination_and_collects(made: list, monkeypatch: pytest.MonkeyPatch):
@@ -339,8 +338,7 @@ def test_evaluation_of_an_export(capsys: pytest.CaptureFixture):
     text = capsys.readouterr().out
     assert text.startswith(f"{path}, trained on 64 frames: ") and f'"eval/solved": {solved}' in text
     save_levels("held_out.txt", generate_levels(6, size=6, num_boxes=2, seed=9)[0])
-    i2a.main(i2a.parse_args(["--evaluate", str(path), "--eval-levels", "held_out.txt", "--capture-video", "--greedy"]))
-    assert path.with_suffix(".gif").read_bytes()[:3] == b"GIF"
+    i2a.main(i2a.parse_args(["--evaluate", str(path), "--eval-levels", "held_out.txt", "--greedy"]))
     assert len(list(pathlib.Path("runs").iterdir())) == 1  # no run of its own
 
 
@@ -478,8 +476,8 @@ def refused(*flags: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--eval-levels", "nowhere.txt"], "can't read nowhere.txt: No such file"),
-        (["--levels", "nowhere.txt"], "can't read nowhere.txt: No such file"),
+        (["--eval-levels", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
+        (["--levels", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
         (["--resume", "nowhere.pt"], "can't read the checkpoint nowhere.pt"),
         (["--evaluate", "nowhere.pt"], "can't read the checkpoint nowhere.pt"),
         (["--rollout-policy", "pretrained"], "--pretrained-path"),
