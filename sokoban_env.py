@@ -670,7 +670,8 @@ class _DevicePool(_Pool):
 
     def refill(self) -> None:
         self.frames += self.num_envs
-        if self.frames >= self.due and not torch.cuda.is_current_stream_capturing():
+        capturing = self.device.startswith("cuda") and torch.cuda.is_current_stream_capturing()
+        if self.frames >= self.due and not capturing:
             self.fill()
 
     def fill(self) -> None:

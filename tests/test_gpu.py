@@ -1,0 +1,208 @@
+"""What i2a.py needs of a GPU, checked without one: nothing waits for a value, no operation mixes devices, and a graph
+that is replayed does what the calls would have done."""
+
+import contextlib
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import i2a
+import sokoban_env
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+SMALL = i2a.Args(
+    size=6, num_boxes=1, cnn_channels=(8,), encoder_channels=(8,), dense=16, lstm=8, model_width=4, imagination_depth=2,
+    num_envs=8, num_steps=3,
+)  # fmt: skip
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+# --------------------------------------------------------------------------------------- nothing waits, nothing mixes
+
+
+def to_meta(envs: sokoban_env.SokobanVectorEnv) -> sokoban_env.SokobanVectorEnv:
+    """The environment on the meta device, where tensors have no values: whatever asks for one raises."""
+    for part in (envs, envs._pool):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value.to(META))
+            elif isinstance(value, list):
+                setattr(part, name, [x.to(META) if isinstance(x, torch.Tensor) else x for x in value])
+    envs.device, envs._pool.device, envs._pool.due = META, "meta", math.inf  # between two refills, which do wait
+    envs._link()
+    return envs
+
+
+@pytest.fixture
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows no meta device."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"agent": "model-free"},
+        {},
+        {"frame_stack": 2, "greedy_rollouts": True, "norm_adv": False, "symmetry": False, "finetune_model": True},
+        {"env_model": "perfect", "rollout_policy": "random"},
+        {"observation": "rgb", "view": "board", "symmetry": False, "optimizer": "rmsprop"},
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())) or "i2a",
+)
+def test_acting_and_updating_wait_for_nothing(changes: dict[str, Any], no_autocast: None):
+    args = replace(SMALL, **changes)
+    envs = i2a.make_envs(args, args.num_envs, None, CPU, backend="torch")
+    observation, _ = envs.reset(seed=1)
+    to_meta(envs)
+    networks = i2a.make_networks(args, META)
+    if args.env_model == "perfect":  # its simulators, for acting and for the values after it
+        for num in (args.num_envs * i2a.A, 2 * args.num_envs * i2a.A):
+            kwargs = {"size": 6, "max_episode_steps": None, "levels": ["#####\n#@$.#\n#####"], "backend": "torch"}
+            simulator = sokoban_env.SokobanVectorEnv(num, **kwargs)
+            simulator.reset(seed=1)
+            networks["env_model"].envs[num] = to_meta(simulator)
+    frames = i2a.as_frames(observation, args.frame_stack).to(META)
+    rows, transitions, frames, ended = i2a.rollout(args, networks, envs, frames, None)
+    assert rows[0].shape[0] == 24 and all(x.device == META for x in (*rows, *transitions.values(), frames, ended))
+    groups = [{"params": list(network.parameters())} for network in networks.values() if network is not None]
+    groups = [group for group in groups if any(p.requires_grad for p in group["params"])]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    for which in (0, 7) if args.symmetry else (0,):
+        assert i2a.update(args, networks, optimizer, rows, which).device == META
+    if args.finetune_model:
+        assert i2a.model_loss(networks["env_model"], transitions).device == META
+
+
+def test_the_meta_device_catches_what_waits():
+    x = torch.zeros(4, device=META)
+    for wait in (x.sum().item, x.tolist, x.nonzero, lambda: x[x > 0], lambda: bool((x > 0).any()), x.cpu):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wait()
+    with pytest.raises(RuntimeError):
+        x + torch.zeros(4)
+
+
+# ------------------------------------------------------------------------------------------------ graphs, on the CPU
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph for tensors of the CPU: replaying runs the recorded operations on the same memory, and no Python."""
+
+    active = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.replays, self.registered = [], 0, False
+
+    def register_generator_state(self, rng: torch.Generator) -> None:
+        self.registered = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name, kwargs or {}
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero"), "a wait, during capture"
+        assert kwargs.get("generator") is None or self.registered
+        result = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        if self.replays == 1:  # recording has run them, where capturing does not
+            return
+        for func, args, kwargs, result in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(tensors(result), tensors(again), strict=True):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
+class Instead:
+    """A module, some of whose names mean something else."""
+
+    def __init__(self, module: Any, **names: Any) -> None:
+        vars(self).update(names, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[Recording]:
+    """A machine that seems to have a GPU; the graphs made on it."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def nothing(*_: Any) -> None: ...
+
+    @contextlib.contextmanager
+    def capture(graph: Recording, **_: Any) -> Iterator[None]:
+        made.append(graph)
+        with graph, monkeypatch.context() as patch:
+            patch.setattr(sokoban_env._DevicePool, "refill", nothing)  # as it is while a GPU captures
+            yield
+
+    cuda = Instead(
+        torch.cuda, is_available=lambda: True, set_device=nothing, Stream=nothing, set_stream=nothing,
+        graph_pool_handle=nothing, CUDAGraph=Recording, graph=capture,
+    )  # fmt: skip
+    names = {"cuda": cuda, "device": lambda _: CPU, "set_float32_matmul_precision": nothing}
+    monkeypatch.setattr(i2a, "torch", Instead(torch, **names))
+    make_envs = i2a.make_envs
+    monkeypatch.setattr(i2a, "make_envs", lambda *args, **kwargs: make_envs(*args, **kwargs, backend="torch"))
+    return made
+
+
+def train(*flags: str) -> tuple[dict, list]:
+    """The weights at the end, and the rows of metrics without times."""
+    shutil.rmtree("runs", ignore_errors=True)
+    # rates that float32 can hold, for a graph reads one from a tensor; more episodes than the ring has levels
+    small = "--size 6 --num-boxes 1 --cnn-channels 8 --encoder-channels 8 --dense 16 --lstm 8 --model-width 4 "
+    small += "--imagination-depth 2 --num-envs 32 --num-steps 4 --max-episode-steps 4 --num-minibatches 2 "
+    small += "--update-epochs 2 --total-timesteps 2048 --log-frequency 512 --learning-rate 0.0009765625 "
+    i2a.main(i2a.parse_args([*small.split(), "--eval-episodes", "8", *flags]))
+    (path,) = pathlib.Path("runs").glob("*/checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    rows = [{k: v for k, v in row.items() if k not in ("charts/SPS", "charts/minutes")} for row in state["rows"]]
+    return state["networks"], rows
+
+
+@pytest.mark.parametrize("flags", [("--agent", "model-free"), ("--env-model", "copy"), ("--env-model", "perfect")])
+def test_graphs_train_the_same_agent(flags: tuple[str, ...], graphs: list[Recording]):
+    weights, rows = train(*flags)
+    assert not graphs
+    replayed, replayed_rows = train(*flags, "--cuda-graph")
+    assert all(torch.equal(replayed[name], weights[name]) for name in weights)
+    assert replayed_rows == rows and rows[-1].keys() >= {"eval/solved"}
+    # 16 rollouts, of which two are warm-up, in one graph; 64 updates under the eight symmetries in a graph each
+    assert graphs[0].replays == 14 and sum(graph.replays for graph in graphs) == 14 + 64 - 8 * 2 and len(graphs) == 9
+
+
+def test_a_graph_reads_what_it_is_given_and_its_variant(graphs: list[Recording]):
+    def function(tensors: Any, factor: int) -> torch.Tensor:
+        return factor * (tensors[0] if isinstance(tensors, list) else tensors)
+
+    scaled: Callable = i2a.Captured(function, torch.Generator())
+    for i in range(6):
+        for factor in (2, 3):
+            given = torch.tensor([1.0 + i])
+            assert scaled([given] if i % 2 else given, factor).tolist() == [factor * (1.0 + i)]
+    assert len(graphs) == 2
+
+
+def test_graphs_need_a_gpu(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--cuda-graph needs a GPU"):
+        i2a.main(replace(SMALL, cuda_graph=True, cuda=False))
