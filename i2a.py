@@ -271,8 +271,8 @@ def cell_planes(cells: Tensor) -> Tensor:
 def player_view(cells: Tensor) -> Tensor:
     """Boards (..., H, W) rolled so that the player stands in the middle: (..., V, V'), odd sides.
 
-    Where H is even V is H-1: rows 0 and H-1 are both wall, and one is left out. So the middle is a cell, and the view of
-    a turned board is the turned view.
+    Where H is even V is H-1: rows 0 and H-1 are both wall, and one is left out. So the middle is a cell, and to turn
+    the board is to turn the view.
     """
     height, width = cells.shape[-2:]
     view_height, view_width = (height - 1) // 2 * 2 + 1, (width - 1) // 2 * 2 + 1
@@ -948,6 +948,8 @@ def main(args: Args) -> None:
     if args.cuda_graph:
         if not cuda:
             sys.exit("--cuda-graph needs a GPU; without one, give --no-cuda-graph")
+        if args.num_envs * args.num_steps % args.num_minibatches:
+            sys.exit("--cuda-graph needs --num-minibatches of one size: a divisor of --num-envs times --num-steps")
         torch.cuda.set_stream(torch.cuda.Stream())  # not the default one, where nothing can be captured
     seed_everything(args.seed, args.torch_deterministic)  # the same initial weights in all processes
     rng = torch.Generator(device).manual_seed(1000 * args.seed + rank)
@@ -983,7 +985,10 @@ def main(args: Args) -> None:
             sys.exit(f"{path} can't go on in {world} processes: take the checkpoint.pt of a run with as many")
         run_name, rows, global_step, minutes = (state[name] for name in ("run_name", "rows", "global_step", "minutes"))
         local = state["processes"][rank]
-        rng.set_state(local["rng"].cpu())
+        if len(local["rng"]) == len(rng.get_state()):
+            rng.set_state(local["rng"].cpu())
+        else:  # saved on a CPU and resumed on a GPU, or the other way: other random numbers from here on
+            rng.manual_seed(1000 * args.seed + rank + global_step)
         if any(getattr(args, name) != state["args"][name] for name in ("num_boxes", "levels")):
             del local["env"]["pool"]  # a curriculum's next stage: forget the saved levels, make others
         if args.num_envs != state["args"]["num_envs"] or args.optimizer != state["args"]["optimizer"]:
