@@ -2,9 +2,12 @@
 that is replayed does what the calls would have done."""
 
 import contextlib
+import copy
+import importlib
 import math
 import pathlib
 import shutil
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -227,3 +230,45 @@ def test_a_checkpoint_of_another_device_goes_on(tmp_path: pathlib.Path, monkeypa
     resumed = torch.load(path, weights_only=True)
     assert len(resumed["rows"]) > len(state["rows"]) and resumed["global_step"] == 2048
     assert resumed["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.0009765625 / 16)
+
+
+# ------------------------------------------------------------------------------------------------- benchmark/gpu.py
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The prepared measurement."""
+    monkeypatch.syspath_prepend(str(pathlib.Path(i2a.__file__).parent / "benchmark"))
+    return importlib.import_module("gpu")
+
+
+def test_the_checks_pass_and_see_what_differs(gpu: types.ModuleType, monkeypatch: pytest.MonkeyPatch):
+    for check in (gpu.check_environment, gpu.check_networks, gpu.check_graph):
+        rows = list(check(CPU, True))
+        assert rows and all(value <= limit for _, value, limit in rows), rows
+
+    def other_weights(networks: torch.nn.ModuleDict) -> torch.nn.ModuleDict:
+        networks = copy.deepcopy(networks)
+        for p in networks.parameters():
+            p.data *= 1 + 0.01 * torch.rand_like(p)
+        return networks
+
+    def shorter(num: int, **settings: Any) -> sokoban_env.SokobanVectorEnv:
+        limit = 39 if "device" in settings else 40
+        return sokoban_env.SokobanVectorEnv(num, **settings | {"max_episode_steps": limit})
+
+    monkeypatch.setattr(gpu, "copy", Instead(copy, deepcopy=other_weights))
+    monkeypatch.setattr(gpu, "SokobanVectorEnv", shorter)
+    rows = [*gpu.check_environment(CPU, True), *gpu.check_networks(CPU, True)]
+    failed = {name for name, value, limit in rows if value > limit}
+    assert failed >= {"transitions that differ", "logits", "values", "losses", "gradient of the agent"}
+    assert "advantages" not in failed and "levels that differ" not in failed
+
+
+def test_the_command_writes_what_it_measures(gpu: types.ModuleType, tmp_path: pathlib.Path):
+    gpu.main(gpu.Args(parts=("fast", "learn"), device="cpu", tiny=True, output=str(tmp_path)))
+    speeds = {row["what"]: float(row["value"]) for row in gpu.read_rows(tmp_path / "gpu_fast.csv")}
+    assert speeds.keys() >= {"bf16", "steps, 1,000 levels", "levels", "model-free", "depth 3"}
+    assert min(speeds.values()) > 0 and speeds["model-free"] > speeds["depth 3"]
+    *rows, last = gpu.read_rows(tmp_path / "gpu_learn.csv")
+    assert rows and 0 <= float(last["eval/solved"]) <= 1 and (tmp_path / "gpu_checkpoint.pt").stat().st_size < 2**24
