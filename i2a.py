@@ -909,6 +909,8 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line, over the flags of the checkpoint to resume or evaluate, or over the preset."""
     given = tyro.cli(Args, args=argv)
+    if given.resume and given.evaluate:
+        sys.exit("--resume goes on with a run, --evaluate plays an agent: give one of them")
     path = given.resume or given.evaluate
     default = saved_args(path) if path else PRESETS[given.preset]
     args = tyro.cli(Args, args=argv, default=default)
@@ -958,6 +960,10 @@ def main(args: Args) -> None:
     state = load_checkpoint(path, device) if path else None
     if state:
         load_networks(networks, path)
+    elif args.agent == "i2a" and args.env_model_path:
+        load_networks(networks["env_model"], args.env_model_path, "env_model.")
+    if not state and args.agent == "i2a" and args.rollout_policy == "pretrained":
+        load_networks(networks["rollout_policy"], args.pretrained_path, "agent.")
     if args.compile:
         for network in networks.values():
             network.compile()
@@ -1006,11 +1012,7 @@ def main(args: Args) -> None:
     # ---- the environment model comes first: learned once, then frozen
     if args.agent == "i2a" and not state:
         env_model = networks["env_model"].requires_grad_()
-        if args.rollout_policy == "pretrained":
-            load_networks(networks["rollout_policy"], args.pretrained_path, "agent.")
-        if args.env_model_path:
-            load_networks(env_model, args.env_model_path, "env_model.")
-        elif args.env_model in ("learned", "poor"):
+        if args.env_model in ("learned", "poor") and not args.env_model_path:
             if rank == 0:
                 pretrain_model(env_model, args, levels, rng, logger)
             global_step = args.model_frames

@@ -29,7 +29,7 @@ def write_rows(rows: Iterable[dict[str, Any]], name: str) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, target)
-    print(f"wrote {os.path.relpath(target, ROOT)}")
+    print(f"wrote benchmark/results/{name}")
 
 
 def half_interval(values: Sequence[float]) -> float:

@@ -7,18 +7,17 @@ export OMP_NUM_THREADS=1
 run="python benchmark/run.py --jobs ${JOBS:-2}"
 three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 
-# 1. Rooms with two boxes, the player's view: frames and seconds to 50, 80 and 90 %
-$run --study i2a_7x7 --variants "${three[@]}" --flags="--total-timesteps 1000000"
-$run --study i2a_8x8 --variants "${three[@]}" --flags="--size 8 --total-timesteps 1000000"
+# 1. Rooms with two boxes: frames and seconds to 50, 80 and 90 %
+$run --study i2a_7x7 --variants "${three[@]}"
+$run --study i2a_8x8 --variants "${three[@]}" --flags="--size 8"
 for study in i2a_7x7 i2a_8x8; do
   python benchmark/curves.py --study $study --thresholds 0.3 0.5 0.7 0.8 --at-frames 200000 400000 600000
 done
 
-# 2. Where imagination pays: depth, and π̂'s actions
-$run --study i2a_depth --seeds 1 --variants "model-free=--agent model-free" "depth-3=" "depth-8=--imagination-depth 8" \
-  "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" \
-  --flags="--no-anneal-lr --total-timesteps 300000"
-python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6
+# 2. Where imagination pays: deep rollouts of π̂'s likeliest actions
+$run --study i2a_depth --variants "model-free=--agent model-free" \
+  "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" --flags="--no-anneal-lr --total-timesteps 300000"
+python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6 0.7
 
 # 3. 10x10 rooms with four boxes
 $run --study flagship --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \
@@ -35,6 +34,5 @@ python benchmark/i2a_model.py
 python benchmark/i2a_throughput.py
 python benchmark/i2a_evaluate.py random
 python benchmark/i2a_evaluate.py lesions runs/*__i2a_7x7-i2a__11__*/agent.pt
-python benchmark/i2a_evaluate.py near runs/*__i2a_7x7-{i2a,model-free}__11__*/agent.pt
 python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt
 python benchmark/i2a_evaluate.py search runs/*__i2a_8x8-i2a__11__*/agent.pt

@@ -5,7 +5,6 @@
     python benchmark/i2a_evaluate.py boxes runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py search runs/NAME/agent.pt --env-models own perfect
     python benchmark/i2a_evaluate.py lesions runs/NAME/agent.pt
-    python benchmark/i2a_evaluate.py near runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py film runs/NAME/agent.pt
 
@@ -30,10 +29,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(ROOT))
-from i2a_model import CPU, load_agent, play_solutions, task_settings
+from i2a_model import CPU, load_agent, task_settings
 
 import i2a
-from sokoban_env import convert_observation, generate_levels
+from sokoban_env import convert_observation
 
 ACTIONS = ("no-op", "up", "down", "left", "right")
 TELLING = ("view", "imagination_depth", "model_width", "reward_prediction", "rollout_policy", "gae_lambda", "bf16")
@@ -193,38 +192,6 @@ def boxes_command(flags: Boxes) -> None:
             boards = i2a.held_out_levels(replace(args, num_boxes=num_boxes))
             rows.append(shown(who | {"boxes": num_boxes} | evaluated(args, networks, boards)))
     write_rows(rows, "i2a_boxes.csv")
-
-
-@dataclass
-class Near:
-    """How far from a win agents find it: boards k moves before the end of a held-out level's generated solution (so at
-    most k moves from the win), with 2 k steps to play. With chance beside them."""
-
-    paths: Paths  # agent.pt or checkpoint.pt of each agent
-    moves: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12)  # k
-    episodes: int = 1000  # held-out levels; those whose solution is shorter than the largest k are left out
-
-
-def near_command(flags: Near) -> None:
-    players, tasks = [], {}
-    for path in flags.paths:
-        args, networks = load_agent(path)
-        players.append((about(path, args), args, networks))
-        tasks[args.size, args.num_boxes] = args
-    for args in tasks.values():
-        who = {"task": f"{args.size}x{args.size}-{args.num_boxes}", "variant": "random", "seed": "", "frames": 0}
-        players.append((who, *random_player(args)))
-    rows = []
-    for who, args, networks in players:
-        settings = {"size": args.size, "num_boxes": args.num_boxes}
-        levels, solutions = generate_levels(flags.episodes, **settings, seed=i2a.EVAL_SEED)
-        boards, _ = play_solutions(levels, solutions)
-        long = [i for i, solution in enumerate(solutions) if len(solution) >= max(flags.moves)]
-        for k in flags.moves:
-            starts = torch.stack([boards[len(solutions[i]) - k, i] for i in long])
-            result = evaluated(replace(args, max_episode_steps=2 * k), networks, starts)
-            rows.append(shown(who | {"moves": k} | result))
-    write_rows(rows, "i2a_near.csv")
 
 
 @dataclass
@@ -423,9 +390,13 @@ def film_command(flags: Film) -> None:
 if __name__ == "__main__":
     i2a.keep_freed_memory()
     commands = {
-        "levels": (Levels, levels_command), "random": (Random, random_command), "lesions": (Lesions, lesions_command),
-        "boxes": (Boxes, boxes_command), "near": (Near, near_command), "search": (Search, search_command),
-        "picture": (Picture, picture_command), "film": (Film, film_command),
-    }  # fmt: skip
+        "levels": (Levels, levels_command),
+        "random": (Random, random_command),
+        "lesions": (Lesions, lesions_command),
+        "boxes": (Boxes, boxes_command),
+        "search": (Search, search_command),
+        "picture": (Picture, picture_command),
+        "film": (Film, film_command),
+    }
     command = tyro.extras.subcommand_cli_from_dict({name: flags for name, (flags, _) in commands.items()})
     dict(commands.values())[type(command)](command)

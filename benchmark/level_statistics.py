@@ -10,20 +10,16 @@ The column `reference` holds what 20,000 levels of Boxoban's unfiltered-train ga
 Shapes: `L` levels, `H, W` board, `K` boxes.
 """
 
-import csv
-import os
 import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 import tyro
+from common import ROOT, write_rows
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
+sys.path.insert(0, str(ROOT))
 from sokoban_env import BOX, BOX_ON_TARGET, PLAYER, PLAYER_ON_TARGET, TARGET, WALL, generate_levels, load_levels
 
 MAX_MATCHED = 10  # boxes up to which they are matched to targets: the work doubles with each
@@ -62,35 +58,23 @@ REFERENCE: dict[str, tuple[float, float | None]] = {
 
 @dataclass
 class Args:
-    boxoban: tuple[str, ...] = ()
-    """files or folders of levels (Boxoban or XSB) to print beside the generated ones"""
-    num_levels: int = 5000
-    """how many levels to generate"""
-    size: int | tuple[int, int] = 10
-    """board size of generated levels, one number or height and width"""
-    num_boxes: int = 4
-    """boxes of generated levels"""
-    seed: int = 1
-    """seed of generated levels"""
-    output: str = "benchmark/results/level_statistics.csv"
-    """where the table goes"""
+    boxoban: tuple[str, ...] = ()  # files or folders of levels (Boxoban or XSB) to print beside the generated ones
+    num_levels: int = 5000  # how many levels to generate
+    size: int | tuple[int, int] = 10  # board size of generated levels, one number or height and width
+    num_boxes: int = 4  # boxes of generated levels
+    seed: int = 1  # seed of generated levels
+    output: str = "level_statistics.csv"  # the table's name under benchmark/results
 
 
-def level_statistics(levels: Any, solutions: list[str] | None = None) -> dict[str, float]:
-    """What the levels (L, H, W), uint8 cells of `sokoban_env`, look like on average.
+def level_statistics(levels: np.ndarray, solutions: list[str] = ()) -> dict[str, float]:
+    """What the levels (L, H, W), uint8 cells of `sokoban_env`, look like on average; with their solutions' lengths.
 
     Floor cells are all that are not wall. Distances are Manhattan's, between a box and a target of its level, or the
     player and a box. `matching_sum` is that of the cheapest assignment of all boxes to targets (nan above 10 boxes).
     `reachable_share` is the share of the cells without wall or box that the player can walk to at the start. A dead
     cell is floor from which a box could not be pushed to any target even if it were alone. `player_rank` says where
     among its reachable cells, in reading order, the player stands: 0 to 1, on average .5 if it is uniform.
-
-    Args:
-        solutions: one of each level; adds their length.
     """
-    levels = levels.cpu().numpy() if isinstance(levels, torch.Tensor) else np.asarray(levels)
-    if levels.ndim != 3 or len(levels) == 0:
-        raise ValueError(f"level_statistics takes levels (L, H, W), got shape {levels.shape}")
     chunks = [_measure(levels[i : i + CHUNK]) for i in range(0, len(levels), CHUNK)]
     values = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     floor, near, matching, walls = (values[name] for name in ("floor", "near", "matching", "walls"))
@@ -226,45 +210,27 @@ def _matching(distance: np.ndarray) -> np.ndarray:
 
 def main(args: Args) -> None:
     start = time.perf_counter()
-    output = pathlib.Path(args.output)
-    for name, value, least in (("num_levels", args.num_levels, 1), ("seed", args.seed, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, must be at least {least}")
-    folders = [load_levels(path) for path in args.boxoban]  # before the slow part, for its errors
+    folders = [load_levels(path).numpy() for path in args.boxoban]  # before the slow part, for its errors
     levels, solutions = generate_levels(args.num_levels, size=args.size, num_boxes=args.num_boxes, seed=args.seed)
     height, width = levels.shape[1:]
-    columns = {f"generated {height}x{width}, {args.num_boxes} boxes": level_statistics(levels, solutions)}
+    generated = level_statistics(levels.numpy(), solutions)
+    columns = {f"generated {height}x{width}, {args.num_boxes} boxes": generated}
     for path, boards in zip(args.boxoban, folders, strict=True):
-        path = pathlib.Path(path).resolve()  # a path may end in unfiltered/train, or in unfiltered-train
-        name = "/".join(path.parts[-2:]) if path.name in ("train", "valid", "test") else path.name
+        name = "/".join(pathlib.Path(path).resolve().parts[-2:])
         columns[f"{name} ({len(boards)} levels)"] = level_statistics(boards)
-
-    generated = next(iter(columns.values()))
     comparable = (height, width, args.num_boxes) == (10, 10, 4)
-    rows = [["statistic", *columns, "reference", "within"]]
+    rows = []
     for name in generated:
-        value, band = REFERENCE.get(name, (None, None))
-        within = ""
+        value, band = REFERENCE.get(name, ("", None))
+        row = {"statistic": name} | {title: f"{column.get(name, np.nan):.4g}" for title, column in columns.items()}
+        row |= {"reference": value, "within": ""}
         if comparable and band is not None:
-            within = f"±{band:g}: {'yes' if abs(generated[name] - value) <= band else 'NO'}"
-        texts = [f"{column[name]:.4g}" if name in column else "" for column in columns.values()]
-        rows.append([name, *texts, "" if value is None else f"{value:g}", within])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    os.replace(temporary, output)
-    print(f"wrote {output} after {time.perf_counter() - start:.0f} s")
+            row["within"] = f"±{band:g}: {'yes' if abs(generated[name] - value) <= band else 'NO'}"
+        rows.append(row)
+        print("  ".join(str(text).ljust(24) for text in row.values()).rstrip())
+    write_rows(rows, args.output)
+    print(f"after {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except OSError as e:
-        sys.exit(f"error: {e.filename}: {e.strerror}")
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    main(tyro.cli(Args))

@@ -479,6 +479,8 @@ def refused(*flags: str) -> str:
         (["--eval-levels", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
         (["--levels", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
         (["--resume", "nowhere.pt"], "can't read the checkpoint nowhere.pt"),
+        (["--env-model-path", "nowhere.pt"], "can't read the checkpoint nowhere.pt"),
+        (["--resume", "a.pt", "--evaluate", "b.pt"], "give one of them"),
         (["--evaluate", "nowhere.pt"], "can't read the checkpoint nowhere.pt"),
         (["--rollout-policy", "pretrained"], "--pretrained-path"),
         (["--finetune-model", "--env-model", "perfect"], "--finetune-model needs"),
