@@ -3,12 +3,13 @@ that is replayed does what the calls would have done."""
 
 import contextlib
 import copy
+import functools
 import importlib
 import math
 import pathlib
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -165,8 +166,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[Reco
     monkeypatch.setattr(i2a, "torch", Instead(torch, **names))
     # What it does on a GPU, where a wrong action is found out later
     monkeypatch.setattr(sokoban_env.SokobanVectorEnv, "_check_actions", lambda _, actions: actions.long())
-    make_envs = i2a.make_envs
-    monkeypatch.setattr(i2a, "make_envs", lambda *args, **kwargs: make_envs(*args, **kwargs, backend="torch"))
+    monkeypatch.setattr(i2a, "SokobanVectorEnv", functools.partial(sokoban_env.SokobanVectorEnv, backend="torch"))
     return made
 
 
@@ -199,12 +199,13 @@ def test_a_graph_reads_what_it_is_given_and_its_variant(graphs: list[Recording])
     def function(tensors: Any, factor: int) -> torch.Tensor:
         return factor * (tensors[0] if isinstance(tensors, list) else tensors)
 
-    scaled: Callable = i2a.Captured(function, torch.Generator())
-    for i in range(6):
-        for factor in (2, 3):
-            given = torch.tensor([1.0 + i])
-            assert scaled([given] if i % 2 else given, factor).tolist() == [factor * (1.0 + i)]
-    assert len(graphs) == 2
+    for as_list in (False, True):
+        scaled = i2a.Captured(function, torch.Generator())
+        for i in range(6):
+            for factor in (2, 3):
+                given = torch.tensor([1.0 + i])
+                assert scaled([given] if as_list else given, factor).tolist() == [factor * (1.0 + i)]
+    assert [graph.replays for graph in graphs] == [4] * 4
 
 
 def test_what_graphs_need(graphs: list[Recording], monkeypatch: pytest.MonkeyPatch):
