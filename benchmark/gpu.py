@@ -90,7 +90,7 @@ def environment(device: str) -> dict[str, str]:
 def run(folder: str, device: str, script: str, *flags: str) -> str:
     """Run a script in a folder; returns what it printed."""
     command = [sys.executable, str(ROOT / script), *flags]
-    options = {"capture_output": True, "text": True, "timeout": 180}
+    options = {"capture_output": True, "text": True, "timeout": 180 if device == "cuda" else 900}
     done = subprocess.run(command, cwd=folder, env=environment(device), check=False, **options)
     if done.returncode:
         raise RuntimeError(f"{script}: {done.stderr[-300:]}")
