@@ -188,14 +188,17 @@ def check_scripts(device: torch.device, tiny: bool) -> Check:
         text = run(folder, kind, "i2a.py", "--evaluate", str(path.with_name("agent.pt")))
         yield "--evaluate", float("eval/solved" not in text), 0.0
 
-    def failed(script: str) -> tuple[str, float, float]:
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
-            run(folder, kind, script, *shlex.split(scripts[script]))
-            return f"shortest run of {script}", 0.0, 0.0
-        return f"shortest run of {script}", 1.0, 0.0
+    def shortest(script: str) -> tuple[str, float, float]:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                run(folder, kind, script, *shlex.split(scripts[script]))
+        except (RuntimeError, subprocess.TimeoutExpired) as e:
+            print(e, flush=True)
+            return f"shortest run of {script}", 1.0, 0.0
+        return f"shortest run of {script}", 0.0, 0.0
 
     with ThreadPoolExecutor(4) as pool:
-        yield from pool.map(failed, [] if tiny else scripts)
+        yield from pool.map(shortest, [] if tiny else scripts)
 
 
 def correct(args: Args, deadline: float) -> None:
