@@ -16,6 +16,7 @@ stacked frames, `H, W` pixels of a frame (cells of the board, for `cells`), `C` 
 `L` levels.
 """
 
+import collections
 import contextlib
 import csv
 import ctypes
@@ -29,7 +30,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -109,6 +110,7 @@ class Args:
     lstm: int = 32  # units of the rollout encoder's LSTM
 
     compile: bool = False  # torch.compile the networks
+    cuda_graph: bool = False  # launch a rollout, and an update, as one CUDA graph
     bf16: bool = False  # bfloat16 autocast
     log_frequency: int = 20_000  # frames between rows of metrics, each with a checkpoint
     resume: str | None = None  # continue from this checkpoint.pt, with its flags; others beside it override them
@@ -412,16 +414,16 @@ class PerfectModel(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        self.kind, self.size, self.envs = args.observation, args.size, None
+        self.kind, self.size, self.envs = args.observation, args.size, {}  # environments by their number
 
     def predict(self, frames: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cells = convert_observation(frames[:, -1], self.kind, "cells")
-        if self.envs is None or self.envs.num_envs != len(cells):
+        if len(cells) not in self.envs:
             settings = {"size": self.size, "max_episode_steps": None, "observation": self.kind, "device": cells.device}
             # `levels` must be given, and is not used: set_state replaces every board
-            self.envs = SokobanVectorEnv(len(cells), levels=["#####\n#@$.#\n#####"], **settings)
-        self.envs.set_state({"cells": cells})
-        frame, reward, end, _, info = self.envs.step(action)
+            self.envs[len(cells)] = SokobanVectorEnv(len(cells), levels=["#####\n#@$.#\n#####"], **settings)
+        self.envs[len(cells)].set_state({"cells": cells})
+        frame, reward, end, _, info = self.envs[len(cells)].step(action)
         return info.get("final_obs", frame), reward, end
 
 
@@ -712,6 +714,36 @@ def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer
     return torch.stack([policy_loss, value_loss, entropy, clipfrac, distill_loss, norms[0]]).detach()
 
 
+class Captured:
+    """A function of fixed shapes, replayed as a CUDA graph from its third call on: one launch instead of thousands.
+
+    A graph repeats kernels, and nothing that Python did: what changes from call to call must be a tensor. Those given
+    are copied to where the graph reads them, and the next call overwrites what this one returned.
+    """
+
+    def __init__(self, function: Callable, rng: torch.Generator) -> None:
+        self.function, self.rng, self.graphs, self.calls = function, rng, {}, collections.Counter()
+        self.pool = torch.cuda.graph_pool_handle()  # the graphs share their memory: no two run at once
+
+    def __call__(self, tensors: Tensor | list[Tensor], *which: int) -> Any:
+        """There is a graph for each `which`."""
+        self.calls[which] += 1
+        if self.calls[which] <= 2:  # warm-up: makes the tables and the optimiser's state, and chooses kernels
+            return self.function(tensors, *which)
+        if which not in self.graphs:
+            inputs = tensors.clone() if isinstance(tensors, Tensor) else [x.clone() for x in tensors]
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.rng)
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                outputs = self.function(inputs, *which)
+            self.graphs[which] = graph, inputs, outputs
+        graph, inputs, outputs = self.graphs[which]
+        for old, new in [(inputs, tensors)] if isinstance(tensors, Tensor) else zip(inputs, tensors, strict=True):
+            old.copy_(new)
+        graph.replay()
+        return outputs
+
+
 # ------------------------------------------------------------------------------------ the environment model's training
 
 
@@ -915,6 +947,12 @@ def main(args: Args) -> None:
     if cuda:
         torch.cuda.set_device(device)  # NCCL and torch.distributed's objects go by it
         torch.set_float32_matmul_precision("high")
+    if args.cuda_graph:
+        if not cuda:
+            sys.exit("--cuda-graph needs a GPU; without one, give --no-cuda-graph")
+        if args.num_envs * args.num_steps % args.num_minibatches:
+            sys.exit("--cuda-graph needs --num-minibatches of one size: a divisor of --num-envs times --num-steps")
+        torch.cuda.set_stream(torch.cuda.Stream())  # not the default one, where nothing can be captured
     seed_everything(args.seed, args.torch_deterministic)  # the same initial weights in all processes
     rng = torch.Generator(device).manual_seed(1000 * args.seed + rank)
     eval_levels, networks = held_out_levels(args), make_networks(args, device)
@@ -943,9 +981,9 @@ def main(args: Args) -> None:
     if args.agent == "i2a" and args.rollout_policy == "distilled":
         groups.append({"params": list(networks["rollout_policy"].parameters())})
     if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, args.learning_rate, eps=1e-5, fused=True)
+        optimizer = torch.optim.Adam(groups, args.learning_rate, eps=1e-5, fused=True, capturable=args.cuda_graph)
     else:
-        optimizer = torch.optim.RMSprop(groups, args.learning_rate, eps=1e-5)
+        optimizer = torch.optim.RMSprop(groups, args.learning_rate, eps=1e-5, capturable=args.cuda_graph)
     model_optimizer = torch.optim.Adam(networks["env_model"].parameters(), 1e-4) if args.finetune_model else None
     global_step, minutes, start, rows, run_name = 0, 0.0, time.time(), [], ""
     if state:
@@ -953,12 +991,17 @@ def main(args: Args) -> None:
             sys.exit(f"{path} can't go on in {world} processes: take the checkpoint.pt of a run with as many")
         run_name, rows, global_step, minutes = (state[name] for name in ("run_name", "rows", "global_step", "minutes"))
         local = state["processes"][rank]
-        rng.set_state(local["rng"].cpu())
+        if len(local["rng"]) == len(rng.get_state()):
+            rng.set_state(local["rng"].cpu())
+        else:  # saved on a CPU and resumed on a GPU, or the other way: other random numbers from here on
+            rng.manual_seed(1000 * args.seed + rank + global_step)
         if any(getattr(args, name) != state["args"][name] for name in ("num_boxes", "levels")):
             del local["env"]["pool"]  # a curriculum's next stage: forget the saved levels, make others
         if args.num_envs != state["args"]["num_envs"] or args.optimizer != state["args"]["optimizer"]:
             sys.exit(f"--num-envs and --optimizer can't change when a run goes on: leave them to {path}")
         observation = envs.set_state(local["env"])
+        for group in state["optimizer"]["param_groups"]:
+            group["capturable"] = args.cuda_graph
         optimizer.load_state_dict(state["optimizer"])
         if state["model_optimizer"] and model_optimizer:
             model_optimizer.load_state_dict(state["model_optimizer"])
@@ -984,14 +1027,24 @@ def main(args: Args) -> None:
     names = ["policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm"]
     episodes, losses, model_losses = (torch.zeros(n, device=device) for n in (4, 6, 1))  # sums since the last row
     row_step, row_time = global_step, time.time()
+    act = functools.partial(rollout, args, networks, envs, rng=rng)
+    learn = functools.partial(update, args, networks, optimizer)
+    learning_rate = torch.tensor(args.learning_rate, device=device)  # where a graph reads it
+    if args.cuda_graph:
+        act = Captured(act, rng)
+    if args.cuda_graph and world == 1:
+        learn = Captured(learn, rng)
     bar = tqdm(total=args.total_timesteps, initial=global_step, disable=rank > 0 or not sys.stderr.isatty())
     while global_step < args.total_timesteps:
         left = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
-        for group in optimizer.param_groups:  # set in either case: --resume brings the old rate back
-            group["lr"] = args.learning_rate * left
+        learning_rate.fill_(args.learning_rate * left)
+        for group in optimizer.param_groups:  # set in any case: --resume brings the old rate back
+            group["lr"] = learning_rate if args.cuda_graph else args.learning_rate * left
 
         # 1. Act, with what the model imagines
-        batch, transitions, frames, ended = rollout(args, networks, envs, frames, rng)
+        batch, transitions, frames, ended = act(frames)
+        if args.cuda_graph:
+            envs.refill()  # with new levels, which a graph can't make
         episodes += ended
 
         # 2. Update the agent and π̂, in minibatches of M of the T * B rows
@@ -999,7 +1052,7 @@ def main(args: Args) -> None:
         for _ in range(args.update_epochs):
             for index in torch.randperm(T * B, generator=rng, device=device).tensor_split(args.num_minibatches):
                 which = int(symmetries.integers(8)) if args.symmetry else 0
-                losses += update(args, networks, optimizer, [x[index] for x in batch], which)
+                losses += learn([x[index] for x in batch], which)
 
         # 3. With --finetune-model, the model learns from the same transitions, by its own loss only
         if args.finetune_model:
@@ -1025,7 +1078,7 @@ def main(args: Args) -> None:
             if args.finetune_model:
                 metrics["losses/model_loss"] = model_losses.item() / iterations
             metrics["charts/minutes"] = minutes + (time.time() - start) / 60
-            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/learning_rate"] = args.learning_rate * left
             metrics["charts/SPS"] = (global_step - row_step) / seconds  # in the first row with compilation and warm-up
             ended, solved, total_return, total_length = episodes.tolist()
             if ended:

@@ -531,7 +531,8 @@ class _Pool:
     def draw(self, done: Any) -> tuple[Any, Any]:
         """A board for each environment in `done`, and its facts: indices for numpy, for torch a mask (N,), which gets
         a row for every environment."""
-        if self.most + len(done) > self.serial:
+        capturing = self.on["device"].startswith("cuda") and torch.cuda.is_current_stream_capturing()
+        if self.most + len(done) > self.serial and not capturing:
             self.fill()
         self.most += len(done)
         number = self.last + (1 + np.arange(len(done)) if self.backend == "numpy" else done.cumsum(0))

@@ -77,6 +77,7 @@ PROGRAMS = {
         "",
         "benchmark/results/i2a_first_edition_table.csv docs/i2a_first_edition.png",
     ),
+    "benchmark/gpu.py": ("--device cpu --tiny --parts fast", "benchmark/results/gpu_fast.csv"),
     "benchmark/i2a_evaluate.py levels": ("", "benchmark/results/i2a_levels.csv"),
     "benchmark/i2a_evaluate.py random": ("--tasks 6x6-1 --episodes 8", "benchmark/results/i2a_random.csv"),
     "benchmark/i2a_evaluate.py boxes": ("--episodes 4", "benchmark/results/i2a_boxes.csv"),
@@ -121,6 +122,10 @@ NOT_RUN = {
     "pip install -r requirements.txt": ".ci/run does it",
     "python -m pytest": "this is it",
     "wandb sync": "needs an account of Weights & Biases; tests/test_utilities.py tracks offline",
+    "torchrun --nproc-per-node 4 i2a.py --num-envs 1024 --num-minibatches 32": "needs four GPUs, as the next one",
+    "python i2a.py --cuda-graph --no-torch-deterministic --num-envs 1024 --num-minibatches 32": (
+        "needs a GPU; tests/test_gpu.py runs it with a stand-in for graphs"
+    ),
     "torchrun --nproc-per-node 4 i2a.py --preset paper": "needs four GPUs; tests/test_i2a_runs.py runs two processes",
     "python tools/sokoban.py play": "needs a terminal and somebody who plays",
     "python tools/sokoban.py play --size 7 --num-boxes 1": "needs a terminal and somebody who plays",
