@@ -701,7 +701,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
         strides = np.arange(3)[:, None] * [0, -width, width, -1, 1]  # from the player to the three cells of a rule
-        tables = strides, [[49], [7], [1]], _NEXT_CELLS, _CHANGES, _PAY
+        tables = strides, np.array([[49], [7], [1]], dtype=np.int16), _NEXT_CELLS, _CHANGES, _PAY
         self._strides, self._place_value, self._next_cells, self._changes, self._pay = map(self._own, tables)
         self._flat = xp.zeros(num_envs * height * width + width, dtype=xp.uint8, **on)
         self._start = xp.arange(num_envs, **on) * (height * width)  # where each board starts

@@ -62,14 +62,10 @@ def load(path: str | pathlib.Path) -> types.ModuleType:
     return module
 
 
-# ------------------------------------------------------------------------------------------------------------- ours
-
-# Each makes a function that does some work, and returns how much that was.
-
-
 def stepping(
     module: types.ModuleType, num_envs: int, args: Args, *, ends: bool = True, true_next: bool = False, **kwargs: Any
 ) -> Callable:
+    """A function that does some work, and returns how much that was."""
     envs = module.SokobanVectorEnv(num_envs, max_episode_steps=LIMIT if ends else None, **kwargs)
     envs.reset(seed=args.seed)
     rng = torch.Generator().manual_seed(args.seed)
@@ -162,8 +158,6 @@ def our_rows(args: Args) -> Iterator[dict[str, Any]]:
             }
             yield row | {"unit": "levels/s" if "generate" in what else "steps/s"}
 
-
-# ------------------------------------------------------------------------------------------------------------- peers
 
 # Each prints a line of JSON for each rate: [package, what, envs, best, median, unit]. `given` is what the parent hands
 # in. gym-sokoban is of 2018: what it needs from old numpy and setuptools is put back before the import.
@@ -285,9 +279,7 @@ def peer_rows(python: str, args: Args) -> Iterator[dict[str, Any]]:
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    machine = {"cpu": names[0] if names else platform.processor(), "python": platform.python_version()}
+    machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
     machine |= {"torch": torch.__version__, "numpy": np.__version__}
     rows, ours = [], {}
     for source in (our_rows(args), *(peer_rows(python, args) for python in args.peer_pythons)):
