@@ -319,8 +319,11 @@ def test_lockstep_runs_learn_apart_and_a_seed_reproduces():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0][0], weights[0][1]) and not torch.equal(*state["replay"])
     assert rows[-1]["eval/return"] == pytest.approx((rows[-1]["eval/return_4"] + rows[-1]["eval/return_5"]) / 2)
-    random_actions, _ = run(start_e=1.0, end_e=1.0, planning="none", total_timesteps=400, eval_frequency=400)
-    assert random_actions["replay"][0, :, 6].mean().item() == pytest.approx(0.5, abs=0.1)
+    # half of the random actions are the greedy one
+    state, _ = run(start_e=0.4, end_e=0.4, learning_starts=400, total_timesteps=400, eval_frequency=400)
+    rows = state["replay"][0]
+    strayed = _network(state, "q_net")(rows[None, :, :3])[0].argmax(-1) != rows[:, 6]
+    assert strayed.float().mean().item() == pytest.approx(0.2, abs=0.06)
 
 
 def test_sokoban_is_planes():
@@ -391,8 +394,6 @@ def test_ctrl_c_is_one_line(monkeypatch):
     [
         ("--planning-steps -1", "--planning-steps -1"),
         ("--gamma 1.1", "--gamma"),
-        ("--batch-size 0", "--batch-size"),
-        ("--env-id NoMaze-v0", "NoMaze"),
         ("--env-id no_such_module:Pole-v0", "no_such_module"),
         ("--env-id Pendulum-v1", "action space.*Discrete"),
         ("--env-id FrozenLake-v1", "vectors.*dyna_q.py"),

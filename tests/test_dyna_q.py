@@ -171,6 +171,7 @@ def test_one_sweep_carries_the_reward_back():
     assert [q[0] for q in train(planning_steps=20, theta=0.1, **line)["Q"]] == [0, 0, 0.5**3, 0.5**2, 0.5, 1, 0]
     # and K bounds the work of one real step
     assert [q[0] for q in train(planning_steps=2, theta=1e-4, **line)["Q"]] == [0, 0, 0, 0, 0.5, 1, 0]
+    assert train(env_id="TestWorse-v0", prioritized=True, alpha=1.0, epsilon=1.0)["Q"] == [[1.0, -1.0]]
     # α = 1/2: a pair that was backed up enters the queue again; after step 6 it is never empty
     half = train(**line | {"planning_steps": 1, "alpha": 0.5, "num_episodes": 0, "total_timesteps": 40, "theta": 0.01})
     assert half["backups"] == 35 and half["Q"][5][0] > 0.9
@@ -221,22 +222,19 @@ def test_walls_move_at_the_change_and_not_with_the_episode():
 
 def test_episodes_and_metrics():
     watched = []
-    args = Args(env_id="TestLine-v0", planning_steps=2, alpha=0.5, gamma=0.5, total_timesteps=15, log_frequency=6)
+    args = Args(env_id="TestLine-v0", planning_steps=0, alpha=0.5, gamma=0.5, total_timesteps=15, log_frequency=6)
     result = main(args, lambda *seen: watched.append(seen[:2]))
-    assert watched == [(t, 3 * t) for t in range(1, 16)]
+    assert watched == [(t, t) for t in range(1, 16)]
     assert result["episodes"] == [(6, 1.0, 6), (12, 1.0, 6)]
     assert result["M"][5] == [{(1.0, 6, True): 1}] and result["M"][6] == [{}]  # nobody acts in a terminal state
     (path,) = pathlib.Path("runs").glob("*/metrics.csv")
     rows = list(csv.DictReader(path.open()))
     assert [r["global_step"] for r in rows] == ["6", "12", "15"]  # the last one, too
-    assert float(rows[0]["losses/td_error"]) == pytest.approx(1 / 6) and rows[1]["charts/episodic_length"] == "6.0"
-    assert float(rows[0]["losses/q_values"]) == pytest.approx(sum(max(q) for q in _q_after(6)) / 7)
-    assert rows[2]["charts/episodic_return"] == "" and rows[2]["charts/backups"] == "45"
-    assert len(main(args, lambda step, *_: step == 4)["episodes"]) == 0  # True ends the run
-
-
-def _q_after(steps: int) -> list[list[float]]:
-    return train(env_id="TestLine-v0", planning_steps=2, alpha=0.5, gamma=0.5, total_timesteps=steps)["Q"]
+    # errors: 1 at the end of episode 1; γ/2 and 1/2 in episode 2; none in the first half of episode 3
+    assert [float(r["losses/td_error"]) for r in rows] == pytest.approx([1 / 6, 0.75 / 6, 0])
+    assert [float(r["losses/q_values"]) for r in rows] == pytest.approx([0.5 / 7, 0.875 / 7, 0.875 / 7])
+    assert [r["charts/episodic_return"] for r in rows] == ["1.0", "1.0", ""] and rows[1]["charts/backups"] == "12"
+    assert len(main(args, lambda step, *_: step == 4)["ids"]) == 5  # True ends the run
 
 
 def test_one_seed_reproduces_the_run():
