@@ -119,7 +119,6 @@ def trained(flags: str) -> tuple[wm.Args, dict]:
         return args, wm.load_checkpoint(str(path), "cpu")
 
 
-@torch.no_grad()
 def trajectories(args: Args) -> list[dict]:
     """Greedy episodes from the same three start states, real and five times imagined, by a policy of the model."""
     rows, particles, rng = [], 5, torch.Generator().manual_seed(1)
