@@ -465,7 +465,8 @@ def test_the_students_loop_on_the_teachers_states(monkeypatch):
     leaf = torch.ones(256, requires_grad=True)
     buffers = watch(monkeypatch, "fill_buffer", buffer)
     losses = watch(monkeypatch, "distillation_losses", lambda *_: leaf)
-    saved, steps, logged = watch(monkeypatch, "saved_net"), watch_optimizers(monkeypatch), []
+    saved, steps, logged, clipped = watch(monkeypatch, "saved_net"), watch_optimizers(monkeypatch), [], []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clipped.append(args))
     monkeypatch.setattr(distillation.Logger, "log", lambda self, step, metrics: logged.append((step, metrics)))
     flags = {"env_ids": TWO_TASKS, "seed": 3, "loss": "nll", "kl_direction": "reverse", "temperature": 0.3,
              "teacher_timesteps": 32, "distill_learning_rate": 0.02, "log_frequency": 9}  # fmt: skip
@@ -486,7 +487,8 @@ def test_the_students_loop_on_the_teachers_states(monkeypatch):
     torch.testing.assert_close(leaf.grad, torch.full((256,), 12 / 256))  # the mean over batch and tasks, 12 times
     updates = [step for step in steps if step[0][0] is next(student.parameters())]
     assert [lr for _, lr in updates] == pytest.approx([0.02 * (1 - k / 12) for k in range(12)])
-    assert steps[-12:] == updates and len(updates[0][0]) == len(list(student.parameters()))
+    assert steps[-12:] == updates and len(clipped) == 2  # those of the teachers, one update each
+    assert len(updates[0][0]) == len(list(student.parameters()))
     rows = [(step, row["losses/distillation"]) for step, row in logged if "losses/distillation" in row]
     assert rows == [(9, 1.0), (12, 1.0)]
 
