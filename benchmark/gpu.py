@@ -294,14 +294,13 @@ def i2a_frames(flags: str, mode: str, device: torch.device, tiny: bool, peak: di
     optimizer = torch.optim.Adam(groups, rate, eps=1e-5, fused=True, capturable=graph)
     act = functools.partial(i2a.rollout, args, networks, envs, rng=rng)
     learn = functools.partial(i2a.update, args, networks, optimizer)
-    if graph:
-        act, learn = i2a.Captured(act, rng), i2a.Captured(learn, rng)
     frames, size = i2a.as_frames(envs.reset(seed=1)[0], args.frame_stack), args.num_steps * args.num_envs
 
     def iteration() -> None:
         nonlocal frames
         batch, _, frames, _ = act(frames)
-        envs.refill()
+        if graph:
+            envs.refill()
         for _ in range(args.update_epochs):
             parts = torch.randperm(size, generator=rng, device=device).tensor_split(args.num_minibatches)
             for which, index in enumerate(parts):
@@ -311,6 +310,8 @@ def i2a_frames(flags: str, mode: str, device: torch.device, tiny: bool, peak: di
     if "compile" not in mode:
         with FlopCounterMode(display=False) as counter:
             iteration()
+    if graph:  # whose replays can't be counted
+        act, learn = i2a.Captured(act, rng), i2a.Captured(learn, rng)
     for _ in range(0 if tiny else 3):
         iteration()
     took = seconds(iteration, device, 0.0 if tiny else 2.0)

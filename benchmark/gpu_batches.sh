@@ -15,3 +15,5 @@ python benchmark/run.py --study i2a_batches --jobs "${JOBS:-1}" --seeds 11 12 13
   "1024x32-8-1e-3=--num-envs 1024" \
   "256x32-8-2e-3=--num-envs 256 --learning-rate 2e-3" \
   "1024x32-32-2e-3=--num-envs 1024 --num-minibatches 32 --learning-rate 2e-3"
+python benchmark/curves.py --study i2a_batches --reference 64x32-8-1e-3 --thresholds 0.1 0.2 0.3 \
+  --at-frames 100000 150000 --title "7x7, two boxes, model-free"
