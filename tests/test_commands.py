@@ -114,6 +114,7 @@ PROGRAMS = {
         "--num-minibatches 2 --policy-updates 1 --eval-episodes 2'",
         "runs",
     ),
+    "tools/watch.py": ("--most 1 --delay 0", ""),
     "tools/sokoban.py render": ("--num-levels 2", "docs/sokoban_levels.png"),
 }
 NOT_RUN = {
