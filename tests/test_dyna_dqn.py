@@ -218,10 +218,12 @@ def test_no_row_crosses_a_reset_and_the_oldest_are_replaced(watched, kind):
 
 
 def test_q_acts_and_learns_from_its_own_batches(watched):
-    state, _ = run(planning="replay", start_e=0.0, end_e=0.0, learning_rate=0.01, gamma=0.9, double=False)
+    state, _ = run(planning="replay", start_e=0.0, end_e=0.0, learning_rate=0.01, gamma=0.9, double=False, seed=7)
     records, replay = watched["q"], state["replay"][0]
     assert len(records) == 30 * 3 and all(len(r["rows"]) == 16 for r in records)  # 80 steps, the first 50 without
     assert all(r["others"] == (0.9, False) for r in records)
+    rng = torch.Generator().manual_seed(7)
+    assert torch.equal(records[0]["rows"], replay[torch.randint(51, (1, 16), generator=rng)[0]])
     for r in records[:-1]:
         assert all(torch.equal(x, y) for x, y in zip(r["gradient"], r["used"], strict=True))
     moved = (records[1]["net"].weights[0] - records[0]["net"].weights[0]).abs().max()
@@ -295,7 +297,10 @@ def test_metrics_are_means_since_the_last_row(watched, monkeypatch):
         loss, q = zip(*seen[5 * i : 5 * i + 5], strict=True)
         assert r["losses/td_loss"] == pytest.approx(torch.stack(loss).mean().item(), rel=1e-5)
         assert r["losses/q_values"] == pytest.approx(torch.stack(q).mean().item(), rel=1e-4)
-    assert [r["charts/episodic_length"] for r in rows] == [7] * 4
+    returns = state["replay"][0, :196, 7].view(28, 7).sum(1)  # of each episode
+    for i, r in enumerate(rows):
+        ended = [returns[j].item() for j in range(28) if 50 * i < 7 * (j + 1) <= 50 * (i + 1)]
+        assert r["charts/episodic_return"] == pytest.approx(np.mean(ended)) and r["charts/episodic_length"] == 7
     _, rows = run(**flags, stop_return=2.0, exp_name="stops")
     assert [r["global_step"] for r in rows] == [50]
 
@@ -307,7 +312,7 @@ def _network(state: dict, name: str) -> RunsMLP:
 
 
 def test_lockstep_runs_learn_apart_and_a_seed_reproduces():
-    flags = {"num_seeds": 2, "total_timesteps": 60, "eval_frequency": 60, "seed": 4}
+    flags = {"num_seeds": 2, "total_timesteps": 60, "eval_frequency": 60, "seed": 4, "env_id": "CartPole-v1"}
     state, rows = run(**flags, exp_name="a")
     again, _ = run(**flags, exp_name="b")
     other, _ = run(**flags | {"seed": 5}, exp_name="c")
