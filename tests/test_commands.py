@@ -157,8 +157,7 @@ def docstring_commands(path: pathlib.Path) -> list[str]:
     return [match[1] for match in found if match]
 
 
-# Programs whose docstrings are run too
-DOCUMENTED = ("run", "curves", "distillation_runs", "i2a_evaluate", "i2a_model", "i2a_throughput")
+DOCUMENTED = ("run", "curves", "i2a_evaluate", "i2a_model", "i2a_throughput")  # programs whose docstrings are run too
 OWN = [command for name in DOCUMENTED for command in docstring_commands(ROOT / f"benchmark/{name}.py")]
 COMMANDS = sorted({*OWN, *(command for _, command in ALL)})
 OTHERS = sorted({command for page in PAGES for command in other_commands(page)})
