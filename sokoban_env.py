@@ -491,7 +491,7 @@ class _Pool:
 
     They lie in a ring, and the p-th draw takes slot p % size, so that a GPU draws without waiting. `fill` puts new
     ones where the old are used up. For that it reads how far the draws went, and so waits for the device, once in
-    several steps; a program that captures steps in a CUDA graph calls it between rollouts, as `envs.refill()`.
+    sixteen steps or more; a program that captures steps in a CUDA graph calls it between rollouts, as `envs.refill()`.
     """
 
     _COUNTERS = ("seed", "batch", "serial", "most")
@@ -506,7 +506,7 @@ class _Pool:
         if device == "cpu":  # where asking how far the draws went costs nothing
             self.size, self.least, self.batches = max(64, 2 * num_envs), num_envs, 1
         else:
-            self.size, self.least, self.batches = max(1024, 8 * num_envs), max(512, 4 * num_envs), self.SIDE_BY_SIDE
+            self.size, self.least, self.batches = max(4096, 32 * num_envs), max(2048, 16 * num_envs), self.SIDE_BY_SIDE
         self.restart(0)
 
     @property
