@@ -5,7 +5,6 @@ import contextlib
 import copy
 import functools
 import importlib
-import math
 import pathlib
 import shutil
 import types
@@ -43,7 +42,8 @@ def to_meta(envs: sokoban_env.SokobanVectorEnv) -> sokoban_env.SokobanVectorEnv:
                 setattr(part, name, value.to(META))
             elif isinstance(value, list):
                 setattr(part, name, [x.to(META) if isinstance(x, torch.Tensor) else x for x in value])
-    envs.device, envs._pool.device, envs._pool.due = META, "meta", math.inf  # between two refills, which do wait
+    envs.device, envs._pool.on = META, {"device": "meta"}
+    envs._pool.serial = 2**40  # between two refills, which do wait
     envs._link()
     return envs
 
@@ -155,7 +155,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[Reco
     def capture(graph: Recording, **_: Any) -> Iterator[None]:
         made.append(graph)
         with graph, monkeypatch.context() as patch:
-            patch.setattr(sokoban_env._DevicePool, "refill", nothing)  # as it is while a GPU captures
+            patch.setattr(sokoban_env._Pool, "fill", nothing)  # which is left out while a GPU captures
             yield
 
     cuda = Instead(
