@@ -5,7 +5,6 @@ import contextlib
 import copy
 import functools
 import importlib
-import math
 import pathlib
 import shutil
 import types
@@ -43,11 +42,8 @@ def to_meta(envs: sokoban_env.SokobanVectorEnv) -> sokoban_env.SokobanVectorEnv:
                 setattr(part, name, value.to(META))
             elif isinstance(value, list):
                 setattr(part, name, [x.to(META) if isinstance(x, torch.Tensor) else x for x in value])
-    envs.device, envs._pool.on, envs._pool.serial = (
-        META,
-        {"device": "meta"},
-        math.inf,
-    )  # between two refills, which wait
+    envs.device, envs._pool.on = META, {"device": "meta"}
+    envs._pool.serial = 2**40  # between two refills, which do wait
     envs._link()
     return envs
 
@@ -159,7 +155,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[Reco
     def capture(graph: Recording, **_: Any) -> Iterator[None]:
         made.append(graph)
         with graph, monkeypatch.context() as patch:
-            patch.setattr(sokoban_env._Pool, "fill", nothing)  # as it is while a GPU captures
+            patch.setattr(sokoban_env._Pool, "fill", nothing)  # which is left out while a GPU captures
             yield
 
     cuda = Instead(
@@ -179,7 +175,7 @@ def train(*flags: str) -> tuple[dict, list]:
     shutil.rmtree("runs", ignore_errors=True)
     # rates that float32 can hold, for a graph reads one from a tensor; more episodes than the ring has levels
     small = "--size 6 --num-boxes 1 --cnn-channels 8 --encoder-channels 8 --dense 16 --lstm 8 --model-width 4 "
-    small += "--imagination-depth 2 --num-envs 32 --num-steps 4 --max-episode-steps 8 --num-minibatches 2 "
+    small += "--imagination-depth 2 --num-envs 32 --num-steps 4 --max-episode-steps 4 --num-minibatches 2 "
     small += "--update-epochs 2 --total-timesteps 2048 --log-frequency 512 --learning-rate 0.0009765625 "
     i2a.main(i2a.parse_args([*small.split(), "--eval-episodes", "8", *flags]))
     (path,) = pathlib.Path("runs").glob("*/checkpoint.pt")
