@@ -270,6 +270,8 @@ def test_a_script_runs(command: str, copy: pathlib.Path, trained, monkeypatch, c
     monkeypatch.syspath_prepend(str(copy))
     training = not {"--evaluate", "--resume"} & {*flags}
     extra = TINY[program(command)] if training else EVALUATION.get(script, "") if "--evaluate" in flags else ""
+    if {"--resume", "--total-timesteps"} <= {*flags}:
+        extra = "--total-timesteps 90"
     capsys.readouterr()
     args, _ = train(script, [*flags, *shlex.split(extra)])
     text = capsys.readouterr().out
