@@ -608,7 +608,7 @@ def corrected_loss(losses: Tensor, rollout: Rollout, gamma: float) -> tuple[Tens
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def evaluate(args: Args, state: dict[str, Any], folder: pathlib.Path, device: torch.device) -> list[dict[str, float]]:
+def play_all(args: Args, state: dict[str, Any], folder: pathlib.Path, device: torch.device) -> list[dict[str, float]]:
     """Play every teacher and student of a run; a row for each student and task. The score: 0 random play, 1 teacher."""
     rows = []
     teachers = [make_net(state["teachers"][env_id], device) for env_id in args.env_ids]
@@ -667,7 +667,7 @@ def main(args: Args) -> list[dict[str, float]]:
     if files and (missing := [env_id for env_id in env_ids if env_id not in known]):
         sys.exit(f"{' '.join(files)}: no teacher for {', '.join(missing)} there")
     if args.evaluate:
-        return evaluate(args, load_checkpoint(args.evaluate, device), pathlib.Path(args.evaluate).parent, device)
+        return play_all(args, load_checkpoint(args.evaluate, device), pathlib.Path(args.evaluate).parent, device)
     greedy = [env_id in known and known[env_id]["kind"] == "dqn" for env_id in env_ids]
     if args.loss == "mse" and not all(greedy):
         sys.exit("--loss mse compares Q-values: give --teacher-path a file of dyna_dqn.py for each task")
@@ -753,7 +753,7 @@ def main(args: Args) -> list[dict[str, float]]:
             save_checkpoint(path, state)
 
     # ---- 4. Evaluate
-    rows = evaluate(args, state, path.parent, device)
+    rows = play_all(args, state, path.parent, device)
     for row in rows:
         logger.log(args.distill_steps, row)
     if args.save_model:

@@ -209,7 +209,8 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
             env.render()  # what is missing for it is said here
             env = gym.wrappers.RecordVideo(env, video)
     except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
-        sys.exit(f"can't make --env-id {args.env_id}: {(str(e) or repr(e)).splitlines()[0]}; try CartPole-v1")
+        reason = (str(e) or "it has no render()").splitlines()[0]
+        sys.exit(f"can't {'film' if video else 'make'} --env-id {args.env_id}: {reason}; try CartPole-v1")
     actions, states = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Discrete):
         sys.exit(f"{args.env_id} has the action space {actions}, DQN needs a Discrete one: try CartPole-v1")

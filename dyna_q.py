@@ -252,7 +252,8 @@ def make_table_env(args: Args, video: str | None = None) -> gym.Env:
             env.render()  # what is missing for it is said here
             env = gym.wrappers.RecordVideo(env, video)
     except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
-        sys.exit(f"can't make --env-id {args.env_id}: {(str(e) or repr(e)).splitlines()[0]}; try DynaMaze-v0")
+        reason = (str(e) or "it has no render()").splitlines()[0]
+        sys.exit(f"can't {'film' if video else 'make'} --env-id {args.env_id}: {reason}; try DynaMaze-v0")
     states, discrete = env.observation_space, gym.spaces.Discrete
     parts = states.spaces if isinstance(states, gym.spaces.Tuple) else [states]
     board = isinstance(states, gym.spaces.Box) and states.dtype.kind in "iu"

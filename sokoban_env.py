@@ -491,7 +491,7 @@ class _Pool:
 
     They lie in a ring, and the p-th draw takes slot p % size, so that a GPU draws without waiting. `fill` puts new
     ones where the old are used up. For that it reads how far the draws went, and so waits for the device, once in
-    several steps; a program that captures steps in a CUDA graph calls it between rollouts, as `envs.refill()`.
+    sixteen steps or more; a program that captures steps in a CUDA graph calls it between rollouts, as `envs.refill()`.
     """
 
     _COUNTERS = ("seed", "batch", "serial", "most")
@@ -506,7 +506,7 @@ class _Pool:
         if device == "cpu":  # where asking how far the draws went costs nothing
             self.size, self.least, self.batches = max(64, 2 * num_envs), num_envs, 1
         else:
-            self.size, self.least, self.batches = max(1024, 8 * num_envs), max(512, 4 * num_envs), self.SIDE_BY_SIDE
+            self.size, self.least, self.batches = max(4096, 32 * num_envs), max(2048, 16 * num_envs), self.SIDE_BY_SIDE
         self.restart(0)
 
     @property
@@ -767,11 +767,11 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
                 raise ValueError("level_indices must point into the `levels` that the environment was made with")
             boards = levels[number]
         else:
-            self._begin(self._all)
+            self._place(self._all, *self._pool.draw(self._all))
             return self._observe(), {}
         if len(boards) != self.num_envs:
             raise ValueError(f"reset options hold {len(boards)} levels for {self.num_envs} environments")
-        self._begin(self._all, boards, self._pool.describe(boards, number))
+        self._place(self._all, boards, self._pool.describe(boards, number))
         return self._observe(), {}
 
     def step(self, actions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -779,12 +779,9 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         reward, terminated, truncated = self._move(actions)
         done = terminated | truncated
         info: dict[str, Any] = {}
-        if self.backend == "torch":  # a fixed sequence of kernels, which waits for nothing
+        if self.backend == "torch" or done.any():  # torch: a fixed sequence of kernels, which waits for nothing
             info = self._final_info(done, terminated)
-            self._begin(done)
-        elif done.any():
-            info = self._final_info(done, terminated)
-            self._begin(np.flatnonzero(done))
+            self._restart(done)
         return self._observe(), _to_torch(reward), _to_torch(terminated), _to_torch(truncated), info
 
     def _move(self, actions: Any) -> tuple[Any, Any, Any]:
@@ -835,13 +832,11 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"action {int(actions[i])} of environment {i} is out of range, actions are 0 to 4")
         return xp.asarray(actions, dtype=xp.int64)
 
-    def _begin(self, done: Any, boards: Any = None, facts: Any = None) -> None:
-        """New episodes, on boards of the pool if none are given, with what `_Pool.describe` says of them.
+    def _place(self, done: Any, boards: Any, facts: Any) -> None:
+        """New episodes on these boards, of which `_Pool.describe` gives the facts.
 
         `done` and the rows of `boards`: indices for numpy; for torch a mask (N,), and a row for every environment.
         """
-        if boards is None:
-            boards, facts = self._pool.draw(done)
         indexed = self.backend == "numpy"
         position = facts[0]
         position += self._start[done] if indexed else self._start
@@ -860,6 +855,11 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         for past in self._past:
             put(past, self._frame[done] if indexed else self._frame)
         self._started = True
+
+    def _restart(self, done: Any) -> None:
+        """New episodes on levels of the pool, where `done` (N,)."""
+        done = np.flatnonzero(done) if self.backend == "numpy" else done
+        self._place(done, *self._pool.draw(done))
 
     def _pictures(self, boards: Any) -> Any:
         pixels = self._xp.moveaxis(self._blocks[self._xp.asarray(boards, dtype=self._xp.int64)], 3, 2)
@@ -916,7 +916,7 @@ class SokobanVectorEnv(gym.vector.VectorEnv):
         if self.device.type == "cpu":
             _check_boards(_to_numpy(cells), "state['cells']", unsolved=False)
         boards = self._own(cells)
-        self._begin(self._all, boards, self._pool.describe(boards, -1))
+        self._place(self._all, boards, self._pool.describe(boards, -1))
         for name in self._COUNTERS:
             if name in state:
                 getattr(self, f"_{name}")[:] = self._own(state[name])
@@ -1025,10 +1025,12 @@ class SokobanGymVectorEnv(SokobanVectorEnv):
         if mask is None:
             observation, _ = super().reset(seed=seed, options=options)
             mask = np.ones(self.num_envs, dtype=bool)
-        elif seed is not None or options or not self._started or np.shape(mask) != (self.num_envs,):
-            raise ValueError(f"reset_mask: {self.num_envs} bools, without seed or other options, after a full reset")
+        elif seed is not None or options or not self._started or np.shape(mask) != (self.num_envs,) or not np.any(mask):
+            raise ValueError(
+                f"reset_mask: {self.num_envs} bools, some True, without seed or options, after a full reset"
+            )
         else:
-            self._restart(np.asarray(mask, dtype=bool))
+            self._restart(self._own(np.asarray(mask, dtype=bool)))
             observation = self._observe()
         self._ended &= ~mask
         return _to_numpy(observation), self._info(mask)
@@ -1052,13 +1054,10 @@ class SokobanGymVectorEnv(SokobanVectorEnv):
             info = {"final_obs": final_obs, "_final_obs": done, "_final_info": done.copy()}
             info["final_info"] = self._info(done, terminated)
             begin = done
-        self._restart(begin)
+        if begin.any():
+            self._restart(self._own(begin))
         info |= self._info(np.ones_like(done), terminated & ~begin)
         return _to_numpy(self._observe()), reward, terminated, truncated, info
-
-    def _restart(self, mask: np.ndarray) -> None:
-        if mask.any():
-            self._begin(np.flatnonzero(mask) if self.backend == "numpy" else torch.as_tensor(mask, device=self.device))
 
     def _info(self, mask: np.ndarray, success: np.ndarray | bool = False) -> dict[str, Any]:
         """What `SokobanEnv` reports of each environment in `mask`."""

@@ -14,9 +14,11 @@ for seed in ${SEEDS:-1 2 3 4 5}; do
   for part in ${*:-sokoban states cartpole dqn three-tasks}; do
     case $part in
       sokoban) # a teacher, and students by size
-        $run --seeds "$seed" --variants "sokoban=" --flags="$sokoban" ;;
+        $run --seeds "$seed" --variants "sokoban=" --flags="$sokoban"
+        $run --seeds "$seed" --variants "sokoban-small=--student-scale 0.02 0.01" \
+          --flags="$sokoban --teacher-path $(agent distillation-sokoban)" ;;
       states) # the student's own states, in both directions, plain and corrected
-        own="--states student --student-scale 0.07 --distill-learning-rate 3e-3"
+        own="--states student --student-scale 0.01 --distill-learning-rate 3e-3"
         $run --seeds "$seed" --flags="$sokoban $own --teacher-path $(agent distillation-sokoban)" --variants \
           "own-reverse=--kl-direction reverse" "own-reverse-corrected=--kl-direction reverse --correction" \
           "own-forward=" "own-forward-corrected=--correction" ;;

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import distillation
 from distillation import PolicyNet
 
-SCALES = (0.25, 0.07, 0.04)
+SCALES = (0.25, 0.07, 0.04, 0.02, 0.01)
 TASKS = {"sokoban": "Sokoban-v0", "own": "Sokoban-v0", "cartpole": "CartPole-v1", "acrobot": "Acrobot-v1"}  # by variant
 THREE_TASKS = ("CartPole-v1", "Acrobot-v1", "Sokoban-v0")
 PAIRS = (("own-reverse-corrected", "own-reverse"), ("own-forward-corrected", "own-forward"))
@@ -45,6 +45,7 @@ def students() -> dict[tuple[str, str, float], dict[str, dict[str, str]]]:
         if row.get("eval/score"):
             variant, task = row["variant"], int(float(row["charts/task"]))
             env_id = THREE_TASKS[task] if variant.startswith("three-tasks") else TASKS[variant.split("-")[0]]
+            variant = variant.removesuffix("-small")  # more students of the same teachers
             found[variant, env_id, float(row["charts/student_scale"])][row["seed"]] = row
     return found
 
@@ -70,10 +71,10 @@ def summary(found: dict[tuple[str, str, float], dict[str, dict[str, str]]]) -> l
         line = {"variant": variant, "env_id": "mean", "scale": scale, "seeds": len(means)}
         lines.append(line | {"score": np.mean(means), "half_interval": half_interval(means)})
     for one, other in PAIRS:
-        a, b = found[one, "Sokoban-v0", 0.07], found[other, "Sokoban-v0", 0.07]
+        a, b = found[one, "Sokoban-v0", 0.01], found[other, "Sokoban-v0", 0.01]
         gains = [float(a[seed]["eval/score"]) - float(b[seed]["eval/score"]) for seed in a if seed in b]
         if gains:
-            line = {"variant": f"{one} less {other}", "env_id": "Sokoban-v0", "scale": 0.07, "seeds": len(gains)}
+            line = {"variant": f"{one} less {other}", "env_id": "Sokoban-v0", "scale": 0.01, "seeds": len(gains)}
             lines.append(line | {"score": np.mean(gains), "half_interval": half_interval(gains)})
     return [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines]
 

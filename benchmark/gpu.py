@@ -101,7 +101,7 @@ def run(folder: str, device: str, script: str, *flags: str) -> str:
 
 
 def check_environment(device: torch.device, tiny: bool) -> Check:
-    """100,000 transitions with their autoresets, and 2,000 generated levels with their solutions: how many differ?"""
+    """100,000 transitions with their autoresets, and 2,000 generated levels: how many differ?"""
     num, steps, number = (50, 40, 20) if tiny else (1000, 100, 2000)
     settings = {"size": 7, "num_boxes": 2, "max_episode_steps": 40}
     both = SokobanVectorEnv(num, backend="torch", **settings), SokobanVectorEnv(num, device=device, **settings)
@@ -113,11 +113,9 @@ def check_environment(device: torch.device, tiny: bool) -> Check:
         wrong = [(a != b.cpu()).reshape(num, -1).any(1) for a, b in zip(here, there, strict=True)]
         different += torch.stack(wrong).any(0).sum()
     yield "transitions that differ", float(different), 0.0
-    (here, solutions), (there, ours) = (
-        generate_levels(number, size=10, num_boxes=4, seed=1, device=d) for d in (CPU, device)
-    )
-    yield "levels that differ", float((here != there.cpu()).flatten(1).any(1).sum()), 0.0
-    yield "solutions that differ", float(sum(a != b for a, b in zip(solutions, ours, strict=True))), 0.0
+    many = [SokobanVectorEnv(number, size=10, num_boxes=4, device=d, backend="torch") for d in (CPU, device)]
+    here, there = (envs.reset(seed=1)[0].cpu() for envs in many)
+    yield "levels that differ", float((here != there).flatten(1).any(1).sum()), 0.0
 
 
 def check_networks(device: torch.device, tiny: bool) -> Check:

@@ -114,6 +114,7 @@ PROGRAMS = {
         "--num-minibatches 2 --policy-updates 1 --eval-episodes 2'",
         "runs",
     ),
+    "tools/watch.py": ("--most 1 --delay 0", ""),
     "tools/sokoban.py render": ("--num-levels 2", "docs/sokoban_levels.png"),
 }
 NOT_RUN = {
@@ -156,8 +157,7 @@ def docstring_commands(path: pathlib.Path) -> list[str]:
     return [match[1] for match in found if match]
 
 
-# Programs whose docstrings are run too
-DOCUMENTED = ("run", "curves", "distillation_runs", "i2a_evaluate", "i2a_model", "i2a_throughput")
+DOCUMENTED = ("run", "curves", "i2a_evaluate", "i2a_model", "i2a_throughput")  # programs whose docstrings are run too
 OWN = [command for name in DOCUMENTED for command in docstring_commands(ROOT / f"benchmark/{name}.py")]
 COMMANDS = sorted({*OWN, *(command for _, command in ALL)})
 OTHERS = sorted({command for page in PAGES for command in other_commands(page)})

@@ -55,9 +55,10 @@ class LineEnv(gym.Env):
 
 
 class CoinEnv(gym.Env):
-    """One action; it pays 1 with probability 1/4 and ends the episode."""
+    """One action; it pays 1 with probability 1/4 and ends the episode. It takes a render_mode, but can't render."""
 
-    observation_space, action_space = gym.spaces.Discrete(1), gym.spaces.Discrete(1)
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.observation_space, self.action_space = gym.spaces.Discrete(1), gym.spaces.Discrete(1)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -319,7 +320,7 @@ def test_ctrl_c_is_one_line(monkeypatch):
         ("--env-id NoMaze-v0", "NoMaze.*DynaMaze-v0"),
         ("--env-id Pendulum-v1", "action space.*Discrete"),
         ("--env-id CartPole-v1", "states.*dyna_dqn.py"),
-        ("--env-id TestCoin-v0 --capture-video", "can't make --env-id TestCoin-v0"),
+        ("--env-id TestCoin-v0 --capture-video", "can't film --env-id TestCoin-v0: it has no render"),
         ("--evaluate no_such_file.pt", "can't read the checkpoint no_such_file.pt"),
     ],
 )

@@ -1691,5 +1691,6 @@ def test_levels_repeat_only_without_refills():
     assert len(torch.cat(starts).unique(dim=0)) <= len(envs._pool.boards) < 8 * 128  # the ring went round
     envs._pool.serial -= 10**9
     envs.refill()
+    assert int(envs._pool.last) + 1 == envs._pool.most < envs._pool.serial
     starts = torch.cat([envs.step([0] * 128)[0] for _ in range(8)])
     assert len(starts.unique(dim=0)) > 0.95 * 8 * 128

@@ -343,11 +343,13 @@ def test_an_update_follows_the_gradient_of_the_whole_loss(max_grad_norm):
     s, a = torch.randn(6, 5, 2), torch.eye(3)[torch.randint(3, (6, 5))]
     log_prob, entropy = agent.log_prob(agent.policy(s), a)
     value, r = torch.randn(6, 5), torch.randn(6, 5)
-    batch = {"s": s, "a": a, "log_prob": log_prob.detach(), "value": value, "next_value": torch.zeros(6, 5), "r": r}
-    batch |= {"terminated": torch.ones(6, 5, dtype=torch.bool), "truncated": torch.zeros(6, 5, dtype=torch.bool)}
-    advantage = 2 * r - value  # of episodes of one step
+    terminated, next_value = torch.rand(6, 5) < 0.5, torch.randn(6, 5)
+    batch = {"s": s, "a": a, "log_prob": log_prob.detach(), "value": value, "next_value": next_value, "r": r}
+    batch |= {"terminated": terminated, "truncated": ~terminated}
+    target = 2 * r + 0.99 * next_value * ~terminated  # of episodes of one step
+    advantage = target - value
     policy_loss = -(log_prob * (advantage - advantage.mean()) / advantage.std()).mean()  # its gradient at ρ = 1
-    value_loss = ((agent.value(s) - 2 * r) ** 2).mean() / 2
+    value_loss = ((agent.value(s) - target) ** 2).mean() / 2
     parameters = [p for p in agent.parameters() if p is not agent.log_std]
     gradient = torch.autograd.grad(policy_loss + 0.3 * value_loss - 0.2 * entropy.mean(), parameters)
     norm = math.sqrt(sum(g.square().sum() for g in gradient))
