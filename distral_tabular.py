@@ -10,7 +10,6 @@ paper reported (docs/distral.md).
 
     python distral_tabular.py --num-seeds 20                # eight tasks, KL only
     python distral_tabular.py --num-seeds 20 --alpha 0      # independent soft Q-learning: π_0 drops out
-    python distral_tabular.py --num-seeds 20 --freeze       # π_0 stays uniform
     python distral_tabular.py --evaluate runs/NAME/agent.npz
     python distral_tabular.py --distilled runs/NAME/agent.npz --freeze --first-goal 8 --num-tasks 1  # a held-out goal
 

@@ -12,7 +12,6 @@ tasks). Steps: those until the score of the π_i is .9, the whole budget if it n
 import pathlib
 import shlex
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -53,11 +52,6 @@ SOURCE = "distral_1_beta50"
 KEYS = ("eval/greedy", "eval/policy", "eval/distilled", "eval/going_on")
 RED, BLUE, GREY = "#c03a2b", "#1f6fb4", "#888888"
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0)
-
-
-@dataclass
-class Args:
-    report_only: bool = False  # train nothing
 
 
 def train(name: str) -> list[dict[str, Any]]:
@@ -224,8 +218,8 @@ def draw_arrows(axis: Any, previous: str) -> None:
     axis.set_title(f"π_0(a | place, last action = {previous}); red: goes on")
 
 
-def main(args: Args) -> None:
-    if not args.report_only:
+def main(report_only: bool = False) -> None:
+    if not report_only:
         results = RESULTS / f"{STUDY}.csv"
         rows: list[dict[str, Any]] = read_rows(results) if results.exists() else []
         for name in SETTINGS:
@@ -240,4 +234,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)
