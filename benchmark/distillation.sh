@@ -28,7 +28,7 @@ for seed in ${SEEDS:-1 2 3 4 5}; do
         for task in CartPole Acrobot; do
           name=${task,,}-dqn
           agent "$name" > /dev/null 2>&1 || python dyna_dqn.py --env-id $task-v1 --exp-name "$name" --seed "$seed" \
-            --planning replay --planning-steps 3 --total-timesteps 10000 --exploration-fraction 0.1 --save-model
+            --planning replay --planning-steps 3 --total-timesteps 10000 --exploration-steps 1000
           $run --seeds "$seed" --flags="$classics --env-ids $task-v1 --teacher-path $(agent "$name")" --variants \
             "$name=" "$name-nll=--loss nll" "$name-mse=--loss mse" "$name-reverse=--kl-direction reverse"
         done ;;
