@@ -113,7 +113,7 @@ def draw(args: Args, curves: dict[str, dict[int, Curve]]) -> None:
         if len(seeds) > 1:
             half = np.array([half_interval(column) for column in shares.T])
             axis.fill_between(grid / 1e6, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-    axis.set(xlabel="million frames, the model's included", ylabel="new levels solved", ylim=(0, 1), title=args.title)
+    axis.set(xlabel="million frames", ylabel="new levels solved", ylim=(0, 1), title=args.title)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     figure.tight_layout()
