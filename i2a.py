@@ -521,6 +521,16 @@ def make_networks(args: Args, device: torch.device) -> nn.ModuleDict:
     return networks.to(device)
 
 
+def make_optimizer(args: Args, networks: nn.ModuleDict) -> torch.optim.Optimizer:
+    """One group of parameters is the agent's, another the rollout policy's, if it is distilled."""
+    groups = [{"params": list(networks["agent"].parameters())}]
+    if args.agent == "i2a" and args.rollout_policy == "distilled":
+        groups.append({"params": list(networks["rollout_policy"].parameters())})
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, args.learning_rate, eps=1e-5, fused=True, capturable=args.cuda_graph)
+    return torch.optim.RMSprop(groups, args.learning_rate, eps=1e-5, capturable=args.cuda_graph)
+
+
 def load_networks(networks: nn.Module, path: str, prefix: str = "") -> None:
     """Load a file's weights whose names start with `prefix`; exits if they are of other parts or sizes."""
     saved = load_checkpoint(path, "cpu")["networks"]
@@ -685,8 +695,11 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
             p.grad.copy_(gradient.view_as(p))
 
 
+LOSSES = ("policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm")
+
+
 def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, rows: list, which: int) -> Tensor:
-    """One step of the agent and of π̂ on M rows, seen under symmetry `which`; the losses (6,) as main names them.
+    """One step of the agent and of π̂ on M rows, seen under symmetry `which`; returns LOSSES (6,).
 
     `rows`: frames (M, F, H, W[, 3]), actions, log π_old(a|s), advantages, returns (M,), and what was imagined.
     """
@@ -929,6 +942,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--observation rgb needs --view board, --no-symmetry and at most three convolutions")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
         sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
+    if args.cuda_graph and args.num_envs * args.num_steps % args.num_minibatches:
+        sys.exit("--cuda-graph needs --num-minibatches of one size: a divisor of --num-envs times --num-steps")
     if args.imagination_depth < 1 or args.model_frames < 640:
         sys.exit("--imagination-depth must be at least 1, and --model-frames 640")
     if not 0 <= args.seed < EVAL_SEED // 1000:
@@ -950,8 +965,6 @@ def main(args: Args) -> None:
     if args.cuda_graph:
         if not cuda:
             sys.exit("--cuda-graph needs a GPU; without one, give --no-cuda-graph")
-        if args.num_envs * args.num_steps % args.num_minibatches:
-            sys.exit("--cuda-graph needs --num-minibatches of one size: a divisor of --num-envs times --num-steps")
         torch.cuda.set_stream(torch.cuda.Stream())  # not the default one, where nothing can be captured
     seed_everything(args.seed, args.torch_deterministic)  # the same initial weights in all processes
     rng = torch.Generator(device).manual_seed(1000 * args.seed + rank)
@@ -977,13 +990,7 @@ def main(args: Args) -> None:
     levels = read_levels(args.levels, args.size) if args.levels else None
     envs = make_envs(args, B, levels, device, exclude=eval_levels)
     observation, _ = envs.reset(seed=1000 * args.seed + rank)
-    groups = [{"params": list(networks["agent"].parameters())}]
-    if args.agent == "i2a" and args.rollout_policy == "distilled":
-        groups.append({"params": list(networks["rollout_policy"].parameters())})
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, args.learning_rate, eps=1e-5, fused=True, capturable=args.cuda_graph)
-    else:
-        optimizer = torch.optim.RMSprop(groups, args.learning_rate, eps=1e-5, capturable=args.cuda_graph)
+    optimizer = make_optimizer(args, networks)
     model_optimizer = torch.optim.Adam(networks["env_model"].parameters(), 1e-4) if args.finetune_model else None
     global_step, minutes, start, rows, run_name = 0, 0.0, time.time(), [], ""
     if state:
@@ -1024,7 +1031,6 @@ def main(args: Args) -> None:
 
     # ---- the agent
     frames = as_frames(observation, args.frame_stack)  # (B, F, H, W[, 3])
-    names = ["policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm"]
     episodes, losses, model_losses = (torch.zeros(n, device=device) for n in (4, 6, 1))  # sums since the last row
     row_step, row_time = global_step, time.time()
     act = functools.partial(rollout, args, networks, envs, rng=rng)
@@ -1032,8 +1038,7 @@ def main(args: Args) -> None:
     learning_rate = torch.tensor(args.learning_rate, device=device)  # where a graph reads it
     if args.cuda_graph:
         act = Captured(act, rng)
-    if args.cuda_graph and world == 1:
-        learn = Captured(learn, rng)
+        learn = Captured(learn, rng) if world == 1 else learn  # several processes talk in an update
     bar = tqdm(total=args.total_timesteps, initial=global_step, disable=rank > 0 or not sys.stderr.isatty())
     while global_step < args.total_timesteps:
         left = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
@@ -1074,7 +1079,7 @@ def main(args: Args) -> None:
         if rank == 0:
             seconds, iterations = time.time() - row_time, (global_step - row_step) // (T * B)  # of all processes
             losses /= iterations * args.update_epochs * args.num_minibatches
-            metrics = {f"losses/{name}": loss for name, loss in zip(names, losses.tolist(), strict=True)}
+            metrics = {f"losses/{name}": loss for name, loss in zip(LOSSES, losses.tolist(), strict=True)}
             if args.finetune_model:
                 metrics["losses/model_loss"] = model_losses.item() / iterations
             metrics["charts/minutes"] = minutes + (time.time() - start) / 60

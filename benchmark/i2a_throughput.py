@@ -86,15 +86,13 @@ def measure(flags: str, frames_in_all: int) -> dict[str, float]:
     args = i2a.parse_args(flags.split())
     device, rng, clock = torch.device("cpu"), torch.Generator().manual_seed(1), Clock()
     networks, envs = i2a.make_networks(args, device), i2a.make_envs(args, args.num_envs, None, device)
-    groups = [{"params": list(networks["agent"].parameters())}]
     networks["agent"].forward = clock.timed(networks["agent"].forward, "acting networks", "update, forward")
     envs.step = clock.timed(envs.step, "environment")
     if args.agent == "i2a":
         model, policy = networks["env_model"], networks["rollout_policy"]
-        groups.append({"params": list(policy.parameters())})
         model.predict = clock.timed(model.predict, "environment model")
         policy.forward = clock.timed(policy.forward, "rollout policy", "update, forward")
-    optimizer = torch.optim.Adam(groups, args.learning_rate, eps=1e-5, fused=True)
+    optimizer = i2a.make_optimizer(args, networks)
     optimizer.step = clock.timed(optimizer.step, "optimiser")
     frames = i2a.as_frames(envs.reset(seed=1)[0], args.frame_stack)
     size = args.num_steps * args.num_envs
