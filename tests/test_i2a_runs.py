@@ -1,6 +1,7 @@
 """I2A's loop, its checkpoints and its command line: whole runs, tiny ones. The parts: test_i2a.py."""
 
 import csv
+import functools
 import itertools
 import os
 import pathlib
@@ -413,7 +414,9 @@ def test_flags_beside_resume_win(anneal: list[str], drawn: list, monkeypatch: py
 def test_ctrl_c_ends_in_one_line():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "i2a.py"), *TINY, "--agent", "model-free", "--total-timesteps", "1000000"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    process = subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes)
     process.stdout.readline()  # the first row
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
