@@ -1,11 +1,11 @@
 """Distral with tables: Teh et al. 2017, "Distral: Robust Multitask Reinforcement Learning", arXiv 1707.04175.
 
-Each of n tasks has a policy π_i that is pulled towards one distilled policy π_0, and π_0 is fitted to what all π_i do:
-so what the tasks have in common is learned once. The three steps (act, soft Q-learning, distillation: section 2 of the
+Each of n tasks has a policy π_i that is pulled towards one distilled policy π_0, and π_0 is fitted to what all π_i do.
+So what the tasks have in common is learned once. The three steps (act, soft Q-learning, distillation: section 2 of the
 paper) are the three numbered blocks of the loop in `main`. The world and α = 1 (KL only) are the paper's: two rooms and
-a corridor, each task with a goal of its own; a state holds the last action and reward, so that π_0 can keep going.
+a corridor, each task with a goal of its own. A state holds the last action and reward, so that π_0 can keep going.
 
-Different from the paper, which gives few numbers here: β, the rooms' sizes and rewards are ours, or what readers of the
+The paper gives few numbers for this experiment: β, the rooms' sizes and the rewards are ours, or what readers of the
 paper reported (docs/distral.md).
 
     python distral_tabular.py --num-seeds 20                # eight tasks, KL only
@@ -46,15 +46,15 @@ class Args:
     # Algorithm specific arguments
     num_seeds: int = 1  # independent runs E in lockstep; each has its own goals
     num_tasks: int = 8  # tasks n of a run: goals, drawn without repetition
-    first_goal: int = 0  # skip so many of a run's goals: held-out ones for an earlier run with the same seed
+    first_goal: int = 0  # skip so many of a run's goals: an earlier run with the same seed never saw the others
     total_timesteps: int = 20_000  # steps in each task
     alpha: float = 1.0  # c_KL / (c_KL + c_Ent); 1: KL only; 0: independent soft Q-learning
     beta: float = 5.0  # 1 / (c_KL + c_Ent), the inverse temperature
     learning_rate: float = 0.5  # step size of Q
     gamma: float = 0.95  # discount
     num_steps: int = 10  # steps T of a rollout, after which Q and the distilled policy are updated
-    counts_decay: float = 0.97  # what each rollout leaves of the older ones, which are outdated
-    pseudo_count: float = 0.1  # so many of each action are taken as seen
+    counts_decay: float = 0.97  # each rollout first shrinks the older counts, which are outdated, by this factor
+    pseudo_count: float = 0.1  # added to each count, so that no probability is 0
     freeze: bool = False  # never update the distilled policy
     previous_action: bool = True  # states hold the last action and reward
     max_episode_steps: int = 100  # steps after which an episode is truncated
@@ -163,9 +163,9 @@ NUM_MOVES = len(MOVES)  # A
 
 
 def read_rooms(text: str = ROOMS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Floor cells as (row, column) (C, 2); where each action leads (C, A), on the spot at a wall; corridor (C,) bool.
+    """Floor cells as (row, column) (C, 2); the cell that each action leads to (C, A); whether it's the corridor (C,).
 
-    A corridor's cell has floor left and right of it, and none above and below.
+    A move into a wall leads nowhere. A corridor's cell has walls above and below.
     """
     grid = np.array([list(row) for row in text.strip("\n").split("\n")]) == "."
     cells = np.argwhere(grid)
@@ -176,10 +176,19 @@ def read_rooms(text: str = ROOMS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def rooms_step(ahead: np.ndarray, cell: Any, goal: Any, action: Any) -> tuple[Any, Any, Any]:
-    """The rules, for one task or arrays of them: the next cell, its reward, and whether the goal ends the episode."""
+    """The next cell, the reward, and whether that cell is the goal, which ends the episode; for arrays of tasks."""
     cell2 = ahead[cell, action]
     terminated = cell2 == goal
     return cell2, np.where(terminated, GOAL_REWARD, STEP_REWARD), terminated
+
+
+def state_after(cell: Any, action: Any, num_last: int) -> Any:
+    """The state in the cell that an action led to. A state is a cell and the last action: s = cell * num_last + last.
+
+    `last` is 0 at the start of an episode and 1 + a after action a, so `num_last` is 1 + A (1 without the action).
+    The last reward adds nothing: it is 0 at the start and STEP_REWARD after every step that didn't end the episode.
+    """
+    return cell * num_last + (1 + action if num_last > 1 else 0)
 
 
 def draw_goals(seed: int, num: int) -> np.ndarray:
@@ -207,87 +216,90 @@ def soft_q_update(Q: np.ndarray, where: tuple[np.ndarray, ...], target: np.ndarr
 
 
 def distilled_from_counts(counts: np.ndarray, pseudo_count: float) -> np.ndarray:
-    """log π_0 (..., A) that maximises Σ_i Σ_t γ^t log π_0(a_t|s_t): in proportion to the discounted counts.
+    """log π_0 (..., A) that maximises Σ_i Σ_t γ^t log π_0(a_t|s_t): π_0 is in proportion to the discounted counts.
 
-    The factor α/β of the objective scales all of it, and moves no maximum.
+    The objective's factor α/β doesn't change where the maximum is.
     """
     seen = counts + pseudo_count
     return np.log(seen / seen.sum(-1, keepdims=True))
 
 
 def episode_returns(
-    policy: np.ndarray | None, ahead: np.ndarray, goals: np.ndarray, previous: int, gamma: float, steps: int
+    policy: np.ndarray | None, ahead: np.ndarray, goals: np.ndarray, num_last: int, gamma: float, steps: int
 ) -> np.ndarray:
     """Exact discounted returns (E, n), means over all starts, of policies (E, n, S, A) in tasks with `goals` (E, n).
 
-    `policy` None: the best there is. `previous` is 1 + A, or 1 if states don't hold the last action.
+    With `policy` None, the returns of optimal play. Episodes end after `steps`.
     """
     C, M, flat = len(ahead), goals.size, goals.ravel()
     if policy is not None:
         policy = np.moveaxis(policy.reshape(M, -1, NUM_MOVES), 0, 2).copy()  # (S, A, M): the fastest for numpy
-    arrival = ahead if previous == 1 else ahead * previous + 1 + np.arange(NUM_MOVES)  # (C, A): the state after a
-    following = arrival.repeat(previous, 0)  # (S, A)
-    end = ahead.repeat(previous, 0)[..., None] == flat  # (S, A, M)
+    arrival = state_after(ahead, np.arange(NUM_MOVES), num_last)  # (C, A)
+    following = arrival.repeat(num_last, 0)  # (S, A): where a leads doesn't depend on the last action
+    end = ahead.repeat(num_last, 0)[..., None] == flat  # (S, A, M)
     reward, discount = np.where(end, GOAL_REWARD, STEP_REWARD), gamma * ~end
-    value = np.zeros((C * previous, M))
+    value = np.zeros((C * num_last, M))
     for _ in range(steps):
         q = reward + discount * value[following]  # (S, A, M)
         value = q.max(1) if policy is None else (policy * q).sum(1)
     starts = np.arange(C)[:, None] != flat  # (C, M)
-    return ((value[::previous] * starts).sum(0) / starts.sum(0)).reshape(goals.shape)
+    return ((value[::num_last] * starts).sum(0) / starts.sum(0)).reshape(goals.shape)
 
 
-def going_on(prior: np.ndarray, corridor: np.ndarray, previous: int) -> np.ndarray:
-    """Mean probability (E,) under π_0 (E, S, A) that who came into the corridor's cells by left or right goes on so."""
+def going_on(prior: np.ndarray, corridor: np.ndarray, num_last: int) -> np.ndarray:
+    """Mean probability (E,) that π_0 (E, S, A) repeats a step left or right that led to a cell of the corridor."""
     cells = np.flatnonzero(corridor)
-    states = [cells * previous + (1 + a if previous > 1 else 0) for a in (2, 3)]
-    return np.mean([prior[:, s, a] for s, a in zip(states, (2, 3), strict=True)], axis=(0, 2))
+    again = [prior[:, state_after(cells, a, num_last), a] for a in (2, 3)]  # left, right
+    return np.mean(again, axis=(0, 2))
 
 
 def evaluate_tables(
     args: Args, Q: np.ndarray, log_prior: np.ndarray, goals: np.ndarray, best: np.ndarray, worst: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Of each run (E,): returns as shares of the way from random (`worst`) to optimal (`best`) play, means over tasks.
+    """Scores of each run (E,), means over its tasks: 0 is the return of random play (`worst`), 1 of optimal (`best`).
 
     Tables Q (E, n, S, A) and log π_0 (E, S, A); goals, best and worst returns (E, n).
     """
     _, ahead, corridor = read_rooms()
-    previous = 1 + NUM_MOVES if args.previous_action else 1
+    num_last = 1 + NUM_MOVES if args.previous_action else 1
     _, log_pi = soft_values(Q, log_prior[:, None], args.alpha, args.beta)  # (E, n, S, A)
-    ties = np.random.default_rng(args.seed).random(Q.shape)  # ties of the greedy policy fall the same way
+    ties = np.random.default_rng(args.seed).random(Q.shape)  # greedy ties break at random, always alike
     policies = {
         "greedy": np.eye(NUM_MOVES)[(log_pi + 1e-9 * ties).argmax(-1)],
         "policy": np.exp(log_pi),
         "distilled": np.broadcast_to(np.exp(log_prior)[:, None], Q.shape),
     }
-    shares = {}
+    scores = {}
     for name, policy in policies.items():
-        returns = episode_returns(policy, ahead, goals, previous, args.gamma, args.max_episode_steps)  # (E, n)
-        shares[f"eval/{name}"] = ((returns - worst) / (best - worst)).mean(1)
-    shares["eval/going_on"] = going_on(np.exp(log_prior), corridor, previous)
-    return shares
+        returns = episode_returns(policy, ahead, goals, num_last, args.gamma, args.max_episode_steps)  # (E, n)
+        scores[f"eval/{name}"] = ((returns - worst) / (best - worst)).mean(1)
+    scores["eval/going_on"] = going_on(np.exp(log_prior), corridor, num_last)
+    return scores
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line, over the flags of the file to evaluate."""
+    """The flags of the command line; the others are those of the file to evaluate, or the defaults."""
     args = tyro.cli(Args, args=argv)
     if args.evaluate:
         args = tyro.cli(Args, args=argv, default=load_tables(args.evaluate)[0])
     if not 0 <= args.alpha <= 1 or not 0 < args.beta < math.inf:
         sys.exit(f"--alpha {args.alpha} must be from 0 to 1, --beta {args.beta} above 0 and finite")
+    if args.pseudo_count <= 0:
+        sys.exit(f"--pseudo-count {args.pseudo_count} must be above 0: π_0 of a state never seen would be 0 / 0")
     return args
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Train, or evaluate; returns the tables, and the rows of metrics with a number for each run."""
+    """Train, or evaluate; returns the tables, and the rows of metrics with one number a run."""
     rng = np.random.default_rng(args.seed)
     _, ahead, _ = read_rooms()
     E, n, T, C, A = args.num_seeds, args.num_tasks, args.num_steps, len(ahead), NUM_MOVES
     alpha, beta, gamma = args.alpha, args.beta, args.gamma
-    previous = 1 + A if args.previous_action else 1
-    goals = np.stack([draw_goals(args.seed + e, args.first_goal + n)[args.first_goal :] for e in range(E)])  # (E, n)
-    e, i = np.arange(E)[:, None], np.arange(n)
-    Q = np.zeros((E, n, C * previous, A))
+    num_last = 1 + A if args.previous_action else 1
+    seeds = range(args.seed, args.seed + E)
+    goals = np.stack([draw_goals(seed, args.first_goal + n)[args.first_goal :] for seed in seeds])  # (E, n)
+    e, i = np.arange(E)[:, None], np.arange(n)  # Q[e, i, s] with s (E, n): the row of each run's and task's state
+    Q = np.zeros((E, n, C * num_last, A))
     counts = np.zeros_like(Q[:, 0])  # (E, S, A), discounted counts of all tasks' actions
     log_prior = np.full_like(counts, -math.log(A))  # log π_0
     if path := args.evaluate or args.distilled:
@@ -295,11 +307,11 @@ def main(args: Args) -> dict[str, Any]:
         if tables["log_prior"].shape != log_prior.shape or (args.evaluate and tables["Q"].shape != Q.shape):
             sys.exit(f"{path} has tables {tables['Q'].shape} (runs, tasks, states, actions), these flags {Q.shape}")
         counts, log_prior = tables["counts"], tables["log_prior"]
-    bounds = (None, np.full(Q.shape, 1 / A))
-    best, worst = (episode_returns(x, ahead, goals, previous, gamma, args.max_episode_steps) for x in bounds)
+    best = episode_returns(None, ahead, goals, num_last, gamma, args.max_episode_steps)
+    worst = episode_returns(np.full(Q.shape, 1 / A), ahead, goals, num_last, gamma, args.max_episode_steps)
     if args.evaluate:
         result = evaluate_tables(args, tables["Q"], log_prior, goals, best, worst)
-        print(" ".join(f"{name}={np.mean(share):.4g}" for name, share in result.items()))
+        print(" ".join(f"{name}={np.mean(score):.4g}" for name, score in result.items()))
         return result
     run_name = new_run(f"TwoRooms__{args.exp_name}__{args.seed}")
     logger = Logger(args, run_name)
@@ -308,13 +320,13 @@ def main(args: Args) -> dict[str, Any]:
         return (goals + rng.integers(1, C, (E, n))) % C  # anywhere but at the goal
 
     cell, age = start_cells(), np.zeros((E, n), dtype=int)
-    s = cell * previous
+    s = cell * num_last
     rows: list[dict[str, Any]] = []
     for global_step in tqdm(range(0, args.total_timesteps + 1, T), disable=not sys.stderr.isatty()):
-        over = global_step + T > args.total_timesteps
-        if global_step % args.eval_frequency < T or over:
+        over = global_step + T > args.total_timesteps  # no time for another rollout
+        if global_step % args.eval_frequency < T or over:  # at the first rollout from each multiple on
             result = evaluate_tables(args, Q, log_prior, goals, best, worst)
-            logger.log(global_step, {name: float(share.mean()) for name, share in result.items()})
+            logger.log(global_step, {name: float(score.mean()) for name, score in result.items()})
             rows.append({"global_step": global_step, **result})
         if over:
             break
@@ -325,25 +337,25 @@ def main(args: Args) -> dict[str, Any]:
             _, log_pi = soft_values(Q[e, i, s], log_prior[e, s], alpha, beta)  # (E, n, A)
             a = (log_pi - np.log(rng.standard_exponential(log_pi.shape))).argmax(-1)  # the Gumbel trick
             cell, r, terminated = rooms_step(ahead, cell, goals, a)
-            s2 = cell * previous + (1 + a if args.previous_action else 0)  # the true next state, before any reset
+            s2 = state_after(cell, a, num_last)  # the true next state, before any reset
             rollout.append((s, a, r, s2, terminated, gamma**age))
             age += 1
             done = terminated | (age >= args.max_episode_steps)
             cell = np.where(done, start_cells(), cell)
-            s = np.where(done, cell * previous, s2)
+            s = np.where(done, cell * num_last, s2)
             age[done] = 0
 
         # 2. Soft Q-learning, π_0 as it is: Q_i(s,a) <- Q_i + η (r + γ V_i(s') - Q_i), the rollout's last step first.
-        # The regularisation is in V_i, so r stays the task's reward: both would count it twice.
+        # V_i holds the regularisation. So r stays the task's reward: with it in r too, it would count twice.
         for st, at, r, s2, terminated, _ in reversed(rollout):
             V, _ = soft_values(Q[e, i, s2], log_prior[e, s2], alpha, beta)  # (E, n)
             soft_q_update(Q, (e, i, st, at), r + gamma * V * ~terminated, args.learning_rate)
 
         # 3. Distillation, π_i as they are: π_0 = argmax Σ_i E_{π_i}[Σ_t γ^t (α/β) log π_0(a_t|s_t)]
         if not args.freeze:
-            st, at, weight = (np.stack([step[k] for step in rollout], -1) for k in (0, 1, 5))  # (E, n, T)
+            states, actions, *_, weights = (np.stack(x, -1) for x in zip(*rollout, strict=True))  # (E, n, T)
             counts *= args.counts_decay
-            np.add.at(counts, (e[..., None], st, at), weight)
+            np.add.at(counts, (e[..., None], states, actions), weights)
             log_prior = distilled_from_counts(counts, args.pseudo_count)
 
     tables = {"Q": Q, "counts": counts, "log_prior": log_prior, "goals": goals}

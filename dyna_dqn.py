@@ -1,20 +1,22 @@
 """Neural Dyna-Q: a double DQN whose extra updates come out of a learned model. Sutton 1990 (Dyna); Mnih et al. 2015
 (DQN); van Hasselt et al. 2016 (double DQN, arXiv 1509.06461); van Hasselt, Hessel & Aslanides 2019 (arXiv 1906.05243).
 
-After each real step: one update of Q on replayed real transitions, then K more. `--planning replay` takes the K from
-the replay too (DQN with as many updates: the fair baseline), `model` imagines them: a network M(s, a) predicts Δs, r
-and termination, the states come from the replay, the actions from Q. `none` is DQN. Different from tabular Dyna-Q:
-updates are minibatches with a target network, and the K batches of one real step are imagined in one go.
+After each real step, Q makes one update on replayed real transitions, then K more. `--planning model` imagines the
+transitions of these K: states come from the replay, actions from Q, and a network M(s, a) predicts Δs, r and
+termination. `--planning replay` takes them from the replay too: a DQN with as many updates, which is the fair baseline.
+`--planning none` makes no further updates: DQN. Different from tabular Dyna-Q: updates are minibatches with a target
+network, and the K batches of one real step are imagined at once.
 
     python dyna_dqn.py --num-seeds 10                               # ten runs of CartPole-v1 in lockstep, see below
     python dyna_dqn.py --planning replay --env-id Acrobot-v1        # the equal-updates baseline
     python dyna_dqn.py --env-id Sokoban-v0 --total-timesteps 20000  # one generated 5x5 level with one box
     python dyna_dqn.py --evaluate runs/NAME/agent.pt
 
-A small network costs what it takes to start an operation, not the arithmetic: each tensor has an axis for the run.
+Several runs at once take hardly longer than one, because a small network spends its time on starting operations, not
+on arithmetic. So each tensor has an axis for the run.
 
-Shapes: `E` runs, `B` batch, `K` planning steps, `A` actions, `S` features of a state, `N` size of the replay. A row is
-a transition (s, s', a, r, end): `R` = 2S + 3 numbers.
+Shapes: `E` runs, `B` batch, `K` planning steps, `A` actions, `S` features of a state, `N` size of the replay. A row of
+the replay is a transition (s, s', a, r, end): `R` = 2S + 3 numbers.
 """
 
 import contextlib
@@ -45,7 +47,8 @@ import sokoban_env
 PLANNING_EPSILON = 0.5  # probability of a random action in imagination
 MODEL_HIDDEN, MODEL_LEARNING_RATE = (64, 64), 1e-3
 MODEL_UPDATES, MODEL_BATCH_SIZE = 2, 128  # after each real step
-MOST_STEPS = 10_000  # of an evaluated episode where the environment has no limit: a greedy policy can go on for ever
+MOST_STEPS = 10_000  # an evaluation stops here if the environment has no limit: a greedy policy can go on for ever
+STANDARDIZE_FREQUENCY = 100  # real steps between two measurements of mean and spread of the states
 
 
 @dataclass
@@ -64,22 +67,22 @@ class Args:
     num_seeds: int = 1  # independent runs E in lockstep, with seeds from --seed on
     env_id: str = "CartPole-v1"  # a gymnasium environment with vector states and discrete actions, or Sokoban-v0
     total_timesteps: int = 4000  # real steps
-    planning: Literal["none", "replay", "model"] = "model"  # where further updates come from
+    planning: Literal["none", "replay", "model"] = "model"  # where the K further updates come from
     planning_steps: int = 7  # further updates K
     learning_rate: float = 5e-4  # learning rate of Q
     buffer_size: int = 100_000  # transitions N of the replay
     gamma: float = 0.99  # discount
-    tau: float = 0.05  # how far an update of the target network goes
+    tau: float = 0.05  # share of Q in an update of the target network: target <- (1 - tau) target + tau Q
     target_network_frequency: int = 1  # real steps between updates of the target network
     batch_size: int = 64  # transitions B of an update
     start_e: float = 1.0  # probability of a random action at the start
-    end_e: float = 0.05  # and in the end
-    exploration_steps: int = 1000  # real steps over which it falls
+    end_e: float = 0.05  # probability of a random action at the end
+    exploration_steps: int = 1000  # real steps over which that probability falls
     learning_starts: int = 500  # real steps before the first update
     train_frequency: int = 1  # real steps between updates
     double: bool = True  # double DQN; --no-double: DQN
     hidden: tuple[int, ...] = (64, 64)  # units of Q's hidden layers
-    standardize: bool = True  # let Q read states in units of their spread in the replay
+    standardize: bool = True  # Q reads states in units of their spread in the replay
     size: int = 5  # Sokoban: board size
     num_boxes: int = 1  # Sokoban: boxes of the one generated level
     eval_frequency: int = 500  # real steps between evaluations of the greedy policy: a row of metrics and a checkpoint
@@ -206,7 +209,7 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
         if video:
             env.reset()
-            env.render()  # what is missing for it is said here
+            env.render()  # fails here, with a reason, if it can't film
             env = gym.wrappers.RecordVideo(env, video)
     except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
         reason = (str(e) or "it has no render()").splitlines()[0]
@@ -226,13 +229,13 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
 
 
 def make_feature_envs(args: Args, num: int, video: str | None = None) -> gym.vector.SyncVectorEnv:
-    """`num` of them, of which the first is filmed; one that ends an episode starts the next in the same step."""
+    """`num` environments; the first is filmed. One that ends an episode starts the next one in the same step."""
     makes = [lambda i=i: make_feature_env(args, None if i else video) for i in range(num)]
     return gym.vector.SyncVectorEnv(makes, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 def true_next(observation: np.ndarray, info: dict[str, Any]) -> np.ndarray:
-    """What a step led to, also where it ended an episode and `observation` is the next one's first."""
+    """The state that a step led to. Where the step ended an episode, `observation` is the first of the next one."""
     following = observation.copy()
     if "final_obs" in info:
         following[info["_final_obs"]] = np.stack(info["final_obs"][info["_final_obs"]])
@@ -241,10 +244,13 @@ def true_next(observation: np.ndarray, info: dict[str, Any]) -> np.ndarray:
 
 @torch.no_grad()
 def greedy_returns(envs: gym.vector.SyncVectorEnv, q_net: nn.Module, device: torch.device, seed: int) -> np.ndarray:
-    """Returns (E, episodes) of one greedy episode in each environment, as many for each of the E runs."""
+    """Returns (E, episodes) of one greedy episode in each environment; each of the E runs has as many environments."""
     observation, _ = envs.reset(seed=seed)
-    num_runs, limit = len(q_net.mean), envs.envs[0].unwrapped.spec.max_episode_steps or MOST_STEPS
-    returns, running, step = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), 0
+    num_runs = len(q_net.weights[0])
+    limit = envs.envs[0].unwrapped.spec.max_episode_steps or MOST_STEPS
+    returns = np.zeros(envs.num_envs)
+    running = np.ones(envs.num_envs, dtype=bool)  # environments in their first episode
+    step = 0
     while running.any() and step < limit:
         s = torch.as_tensor(observation, dtype=torch.float32, device=device).unflatten(0, (num_runs, -1))
         actions = q_net(s).argmax(-1).flatten()  # (E * episodes,)
@@ -263,7 +269,7 @@ def greedy_returns(envs: gym.vector.SyncVectorEnv, q_net: nn.Module, device: tor
 class RunsMLP(nn.Module):
     """E multilayer perceptrons with ReLUs, one for each run: (E, B, in) -> (E, B, out). Initialised like nn.Linear.
 
-    Inputs are standardised by `mean` and `std`, which are 0 and 1 until `standardize` sets them.
+    Inputs are standardised by `mean` and `std`. These are 0 and 1 until `standardize` sets them; for actions, always.
     """
 
     def __init__(self, num_runs: int, sizes: list[int]) -> None:
@@ -277,28 +283,30 @@ class RunsMLP(nn.Module):
         self.register_buffer("std", torch.ones(num_runs, 1, sizes[0]))
 
     def standardize(self, s: Tensor) -> None:
-        """Take the scales of the first S inputs from states (E, B, S). A feature that is constant keeps the scale 1."""
+        """Set `mean` and `std` of the first S inputs to those of the states (E, B, S)."""
         self.mean[..., : s.shape[-1]] = s.mean(1, keepdim=True)
         self.std[..., : s.shape[-1]] = spread(s)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x.relu() if i else x, weight)
+            if i > 0:
+                x = x.relu()
+            x = torch.baddbmm(bias, x, weight)  # bias + x @ weight, for each run
         return x
 
 
 def spread(x: Tensor) -> Tensor:
-    """Standard deviations (E, 1, S) of x (E, B, S); 1 where nothing varies."""
+    """Standard deviations (E, 1, S) of x (E, B, S); 1 for a feature that doesn't vary."""
     std = x.std(1, keepdim=True)
     return torch.where(std > 1e-6, std, 1.0)
 
 
 class DeltaModel(nn.Module):
-    """M(s, a): a network for Δs (in units of its own spread) and r, and one for the logit of termination.
+    """M(s, a): one network predicts Δs (in units of its spread) and r, another one the logit of termination.
 
-    The second one reads s': where a step leads decides whether it ends the episode, and ends are too rare to be learned
-    from (s, a).
+    The second one reads s', because where a step leads decides whether it ends the episode. Ends are too rare to be
+    learned from (s, a).
     """
 
     def __init__(self, num_runs: int, num_features: int, num_actions: int) -> None:
@@ -309,7 +317,7 @@ class DeltaModel(nn.Module):
         self.register_buffer("delta_std", torch.ones(num_runs, 1, num_features))
 
     def standardize(self, s: Tensor, s2: Tensor) -> None:
-        """Take the scales of states and changes from rows of the replay (E, B, S)."""
+        """Measure the scales of states and of changes Δs on transitions s, s' (E, B, S)."""
         self.net.standardize(s)
         self.end_net.standardize(s)
         self.delta_std.copy_(spread(s2 - s))
@@ -338,18 +346,24 @@ def load_networks(networks: nn.Module, path: str, prefix: str = "") -> None:
 
 
 def split_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows (E, B, R) to s (E, B, S), a (E, B) int64, r (E, B), s' (E, B, S), end (E, B)."""
+    """Rows (E, B, R) -> s (E, B, S), a (E, B) int64, r (E, B), s' (E, B, S), end (E, B)."""
     S = (rows.shape[-1] - 3) // 2
     return rows[..., :S], rows[..., -3].long(), rows[..., -2], rows[..., S : 2 * S], rows[..., -1]
+
+
+def sample_rows(replay: Tensor, filled: int, num: int, rng: torch.Generator) -> Tensor:
+    """Rows (E, num, R), drawn for each run out of the first `filled` of its replay (E, N, R)."""
+    runs = torch.arange(len(replay), device=replay.device)[:, None]
+    return replay[runs, torch.randint(filled, (len(replay), num), generator=rng, device=replay.device)]
 
 
 def dqn_loss(
     q_net: nn.Module, target_net: nn.Module, rows: Tensor, gamma: float, double: bool
 ) -> tuple[Tensor, Tensor]:
-    """Means (E,) of (r + γ (1 - end) Q'(s', a*) - Q(s, a))² and of Q(s, a), with a* = argmax_a Q(s', a).
+    """Means (E,) over the batch of the loss (r + γ (1 - end) Q'(s', a*) - Q(s, a))², and of Q(s, a).
 
-    Not `double`: a* = argmax_a Q'(s', a). `end` may be a probability; it is 0 at a truncation, which doesn't stop the
-    bootstrap.
+    Q' is the target network. Double DQN has a* = argmax_a Q(s', a), DQN a* = argmax_a Q'(s', a). `end` may be a
+    probability. It is 0 at a truncation, which doesn't stop the bootstrap.
     """
     s, a, r, s2, end = split_rows(rows)
     with torch.no_grad():
@@ -361,7 +375,7 @@ def dqn_loss(
 
 
 def delta_model_loss(env_model: DeltaModel, rows: Tensor) -> Tensor:
-    """Squared errors of Δs (in units of its spread) and r, and the cross-entropy of termination; means (E,), added."""
+    """Loss (E,): squared errors of Δs (in units of its spread) and of r, plus the cross-entropy of termination."""
     s, a, r, s2, end = split_rows(rows)
     delta, reward = env_model(s, a)
     delta_loss = ((delta - (s2 - s) / env_model.delta_std) ** 2).mean((1, 2))
@@ -371,19 +385,19 @@ def delta_model_loss(env_model: DeltaModel, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def imagine_rows(q_net: nn.Module, env_model: DeltaModel, s: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:
-    """Rows (E, B, R) of imagined steps from states (E, B, S), acting ε-greedily by Q; `end` is a probability."""
+    """Rows (E, B, R) of imagined steps from states (E, B, S), with actions ε-greedy by Q; `end` is a probability."""
     q = q_net(s)  # (E, B, A)
     explore = torch.rand(s.shape[:2], generator=rng, device=s.device) < epsilon
     random_action = torch.randint(q.shape[-1], s.shape[:2], generator=rng, device=s.device)
     a = torch.where(explore, random_action, q.argmax(-1))
-    delta, r = env_model(s, a)  # s', r, end = M(s, a)
+    delta, r = env_model(s, a)
     s2 = s + delta * env_model.delta_std
     end = env_model.end_logit(s2).sigmoid()
     return torch.cat([s, s2, torch.stack([a.float(), r, end], -1)], -1)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line, over the flags of the checkpoint to resume or evaluate."""
+    """The flags of the command line; the others are those of the checkpoint to resume or evaluate, or the defaults."""
     given = tyro.cli(Args, args=argv)
     path = given.resume or given.evaluate
     args = tyro.cli(Args, args=argv, default=saved_args(path)) if path else given
@@ -403,7 +417,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def main(args: Args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     path = args.evaluate or args.resume
-    state = load_checkpoint(path, device) if path else None
+    saved = load_checkpoint(path, device) if path else None
     seed_everything(args.seed, args.torch_deterministic)
     E, K, B = args.num_seeds, args.planning_steps, args.batch_size
     eval_envs = make_feature_envs(args, E * args.eval_episodes)
@@ -415,50 +429,46 @@ def main(args: Args) -> None:
     }).to(device)  # fmt: skip
     q_net, target_net, env_model = networks["q_net"], networks["target_net"], networks["env_model"]
     target_net.load_state_dict(q_net.state_dict())
-    if state:
+    if saved:
         load_networks(networks, path)
     if args.evaluate:
         returns = greedy_returns(eval_envs, q_net, device, seed=10_000 + args.seed)
-        half = 1.96 * returns.std() / math.sqrt(returns.size)
-        print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
+        margin = 1.96 * returns.std() / math.sqrt(returns.size)  # of the 95 % interval
+        print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {margin:.2g}")
         return
 
     optimizer = torch.optim.Adam(q_net.parameters(), lr=args.learning_rate, fused=True)
     model_optimizer = torch.optim.Adam(env_model.parameters(), lr=MODEL_LEARNING_RATE, fused=True)
     replay = torch.zeros(E, args.buffer_size, 2 * S + 3, device=device)  # (E, N, R)
-    rng, coin = torch.Generator(device).manual_seed(args.seed), random.Random(args.seed)
-    first_step, updates, rows = 0, 0, []
-    if state:
-        if "replay" not in state or args.buffer_size != state["args"]["buffer_size"]:
+    rng = torch.Generator(device).manual_seed(args.seed)  # batches, imagined actions
+    coin = random.Random(args.seed)  # real actions
+    first_step, updates, metric_rows = 0, 0, []
+    if saved:
+        if "replay" not in saved or args.buffer_size != saved["args"]["buffer_size"]:
             sys.exit(f"{path} can't go on: --resume takes a checkpoint.pt, and the --buffer-size of its run")
-        first_step, updates, rows, run_name = (state[name] for name in ("global_step", "updates", "rows", "run_name"))
+        first_step, updates, metric_rows = saved["global_step"], saved["updates"], saved["rows"]
+        run_name = saved["run_name"]
         if first_step >= args.total_timesteps:
             sys.exit(f"{path} has had all of its {first_step} steps: --evaluate it, or give more --total-timesteps")
-        optimizer.load_state_dict(state["optimizer"])
-        model_optimizer.load_state_dict(state["model_optimizer"])
-        replay[:, : state["replay"].shape[1]] = state["replay"]
-        rng.set_state(state["rng"].cpu())
-        coin.seed(f"{args.seed} {first_step}")
+        optimizer.load_state_dict(saved["optimizer"])
+        model_optimizer.load_state_dict(saved["model_optimizer"])
+        replay[:, : saved["replay"].shape[1]] = saved["replay"]
+        rng.set_state(saved["rng"].cpu())
+        coin.seed(f"{args.seed} {first_step}")  # other numbers than the run began with
     else:
         run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}")
     envs = make_feature_envs(args, E, f"videos/{run_name}" if args.capture_video else None)
-    logger = Logger(args, run_name, rows)
+    logger = Logger(args, run_name, metric_rows)
 
-    def sampled(num: int) -> Tensor:
-        """Rows (E, num, R) out of the replay."""
-        size = min(global_step, args.buffer_size)
-        return replay[runs, torch.randint(size, (E, num), generator=rng, device=device)]
-
-    runs = torch.arange(E, device=device)[:, None]
-    episodes: list[tuple[float, int]] = []  # (return, length) of those since the last row
-    losses: dict[str, list[Tensor]] = {"td_loss": [], "q_values": [], "model_loss": []}
+    episodes: list[tuple[float, int]] = []  # (return, length) of those since the last row of metrics
+    losses: dict[str, list[Tensor]] = {"td_loss": [], "q_values": [], "model_loss": []}  # since then, too
     observation, _ = envs.reset(seed=args.seed)
     s = torch.as_tensor(observation, dtype=torch.float32, device=device)  # (E, S)
-    start, seconds = time.perf_counter(), 0.0
+    start, seconds = time.perf_counter(), 0.0  # `seconds` leaves evaluations out
     for global_step in tqdm(range(first_step + 1, args.total_timesteps + 1), disable=not sys.stderr.isatty()):
         # 1. Act: a_t by Q, ε-greedily.
-        fall = (args.end_e - args.start_e) * global_step / max(1, args.exploration_steps)
-        epsilon = max(args.end_e, args.start_e + fall)
+        fall = (args.start_e - args.end_e) * global_step / max(1, args.exploration_steps)
+        epsilon = max(args.end_e, args.start_e - fall)
         with torch.no_grad():
             greedy = q_net(s[:, None]).argmax(-1).flatten().tolist()  # (E,)
         actions = np.array([coin.randrange(A) if coin.random() < epsilon else a for a in greedy])
@@ -469,29 +479,31 @@ def main(args: Args) -> None:
         s2 = torch.as_tensor(true_next(observation, info), dtype=torch.float32, device=device)
         outcomes = s.new_tensor(np.stack([actions, rewards, terminated], 1))  # (E, 3)
         replay[:, (global_step - 1) % args.buffer_size] = torch.cat([s, s2, outcomes], 1)
+        filled = min(global_step, args.buffer_size)
         s = torch.as_tensor(observation, dtype=torch.float32, device=device)
 
         if global_step > args.learning_starts and global_step % args.train_frequency == 0:
-            if updates == 0 or global_step % 100 == 0:
-                known = replay[:, : min(global_step, args.buffer_size)]
-                env_model.standardize(known[..., :S], known[..., S : 2 * S])
+            if updates == 0 or global_step % STANDARDIZE_FREQUENCY == 0:
+                states, next_states = replay[:, :filled, :S], replay[:, :filled, S : 2 * S]
+                env_model.standardize(states, next_states)
                 if args.standardize:
-                    q_net.standardize(known[..., :S])
-                    target_net.standardize(known[..., :S])
+                    q_net.standardize(states)
+                    target_net.standardize(states)
             # 2. Model: M(s, a) <- (Δs, r, end), on replayed real transitions.
             if args.planning == "model":
                 for _ in range(MODEL_UPDATES):
-                    model_loss = delta_model_loss(env_model, sampled(MODEL_BATCH_SIZE))  # (E,)
+                    model_loss = delta_model_loss(env_model, sample_rows(replay, filled, MODEL_BATCH_SIZE, rng))  # (E,)
                     model_optimizer.zero_grad()
                     model_loss.sum().backward()  # the sum: each run has its own gradient
                     model_optimizer.step()
                 losses["model_loss"].append(model_loss.detach())
-            # 3. Learn from a real batch, and 4. plan: K more, real or imagined.
-            batches = [sampled(B)]
-            if args.planning == "replay" and K:
-                batches += sampled(K * B).split(B, 1)
-            elif args.planning == "model" and K:
-                batches += imagine_rows(q_net, env_model, sampled(K * B)[..., :S], PLANNING_EPSILON, rng).split(B, 1)
+            # 3. Learn from a real batch, and 4. plan: learn from K more batches, replayed or imagined.
+            batches = [sample_rows(replay, filled, B, rng)]
+            if args.planning != "none" and K:
+                rows = sample_rows(replay, filled, K * B, rng)
+                if args.planning == "model":
+                    rows = imagine_rows(q_net, env_model, rows[..., :S], PLANNING_EPSILON, rng)
+                batches += rows.split(B, 1)
             for batch in batches:
                 loss, q_values = dqn_loss(q_net, target_net, batch, args.gamma, args.double)  # (E,)
                 optimizer.zero_grad()
@@ -506,7 +518,8 @@ def main(args: Args) -> None:
                 for target, parameter in zip(target_net.parameters(), q_net.parameters(), strict=True):
                     target.lerp_(parameter, args.tau)
 
-        if global_step % args.eval_frequency and global_step < args.total_timesteps:
+        # A row of metrics and a checkpoint.
+        if global_step % args.eval_frequency != 0 and global_step != args.total_timesteps:
             continue
         seconds += time.perf_counter() - start
         returns = greedy_returns(eval_envs, q_net, device, seed=10_000 + args.seed).mean(1)  # (E,)
@@ -520,11 +533,11 @@ def main(args: Args) -> None:
             metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, 0).tolist()
         logger.log(global_step, metrics)
         episodes, losses = [], {name: [] for name in losses}
-        weights = {"args": asdict(replace(args, resume=None)), "networks": networks.state_dict()}
-        weights["global_step"] = global_step
-        save_checkpoint(logger.path.with_name("checkpoint.pt"), weights | {
+        saved_flags = asdict(replace(args, resume=None))
+        agent = {"args": saved_flags, "networks": networks.state_dict(), "global_step": global_step}
+        save_checkpoint(logger.path.with_name("checkpoint.pt"), agent | {
             "optimizer": optimizer.state_dict(), "model_optimizer": model_optimizer.state_dict(),
-            "replay": replay[:, : min(global_step, args.buffer_size)].clone(), "rng": rng.get_state(),
+            "replay": replay[:, :filled].clone(), "rng": rng.get_state(),
             "run_name": run_name, "rows": logger.rows, "updates": updates,
         })  # fmt: skip
         if args.stop_return is not None and returns.min() >= args.stop_return:
@@ -532,7 +545,7 @@ def main(args: Args) -> None:
         start = time.perf_counter()
 
     if args.save_model:
-        save_checkpoint(logger.path.with_name("agent.pt"), weights)
+        save_checkpoint(logger.path.with_name("agent.pt"), agent)
     print(f"wrote {logger.path}; to go on: --resume runs/{run_name}/checkpoint.pt and more --total-timesteps")
     logger.close()
     envs.close()

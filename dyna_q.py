@@ -2,10 +2,10 @@
 
 An agent learns Q from each real step, keeps what the step did in a table (its model), and then learns from K imagined
 steps out of that table. The four steps are the four numbered blocks of the loop in `main`; K = 0 is Q-learning.
-Beside it: Dyna-Q+ (--kappa), prioritised sweeping (--prioritized), and counts for stochastic environments.
+Variants: Dyna-Q+ (--kappa), prioritised sweeping (--prioritized), and counts for stochastic environments.
 
-Different from the book: planning picks its actions with Q, ε-greedily among the actions tried in the state (--planning-
-action q, the rule of the lecture that this project follows). Sutton & Barto's rule, any tried action, is `visited`.
+Different from the book: planning picks its actions ε-greedily by Q, among the actions tried in the state (this rule of
+the lecture that this project follows is --planning-action q). The book's rule, any tried action, is `visited`.
 
     python dyna_q.py --planning-steps 50 --planning-action visited         # the book's Dyna maze
     python dyna_q.py --env-id ShortcutMaze-v0 --alpha 1 --planning-steps 50 --kappa 1e-3 --planning-action visited
@@ -13,7 +13,8 @@ action q, the rule of the lecture that this project follows). Sutton & Barto's r
     python dyna_q.py --env-id Sokoban-v0 --gamma 0.99 --planning-steps 50
     python dyna_q.py --evaluate runs/NAME/agent.pt
 
-`s`, `a` are numbers. Tables are lists of lists: reading one cell of an array costs ten times more.
+States `s` and actions `a` are numbers from 0 on. Tables are lists of lists, because reading one cell of a numpy array
+takes ten times as long.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 import sokoban_env
 
-EVALUATION_STEPS = 1000  # after which an episode of an evaluation is cut: a greedy path can be a circle
+EVALUATION_STEPS = 1000  # an evaluation cuts episodes after so many steps: a greedy path can be a circle
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Args:
     gamma: float = 0.95  # discount gamma
     epsilon: float = 0.1  # probability of a random action
     planning_steps: int = 5  # imagined updates K after each real step; 0 is Q-learning
-    planning_action: Literal["q", "visited"] = "q"  # planning: epsilon-greedy, or any tried action
-    model: Literal["last", "counts"] = "last"  # the last outcome, or each as often as it was seen
+    planning_action: Literal["q", "visited"] = "q"  # planning: epsilon-greedy by Q, or any tried action
+    model: Literal["last", "counts"] = "last"  # predict the last outcome, or draw by counts
     kappa: float = 0.0  # Dyna-Q+: planning adds kappa * sqrt(real steps since a pair was tried)
     prioritized: bool = False  # prioritised sweeping: the largest errors first, and backwards from them
     theta: float = 1e-4  # prioritised sweeping: the smallest error that enters the queue
@@ -197,8 +198,8 @@ CHANGING_MAZE = """\
 class MazeEnv(gym.Env):
     """A grid world: up, down, right, left; reward 1 at the goal, which ends the episode, and 0 elsewhere.
 
-    After `change_step` steps, counted over all episodes, the walls become those of `later`. A state is the number of a
-    character of the maze's text.
+    After `change_step` steps, counted over all episodes, the walls become those of `later`. A state is the position of
+    a character in the maze's text.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 8}
@@ -206,18 +207,23 @@ class MazeEnv(gym.Env):
     def __init__(
         self, maze: str, later: str | None = None, change_step: float = math.inf, render_mode: str | None = None
     ) -> None:
-        self.mazes, self.change_step, self.age = (maze, later or maze), change_step, 0
-        self.render_mode, width = render_mode, maze.index("\n") + 1
+        self.first_maze, self.later_maze, self.change_step = maze, later or maze, change_step
+        self.age = 0  # steps so far
+        self.render_mode = render_mode
+        width = maze.index("\n") + 1
         self.moves = (-width, width, 1, -1)
         self.observation_space, self.action_space = gym.spaces.Discrete(len(maze)), gym.spaces.Discrete(4)
 
+    def maze_now(self) -> str:
+        return self.later_maze if self.age >= self.change_step else self.first_maze
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         super().reset(seed=seed)
-        self.s = self.mazes[0].index("S")
+        self.s = self.first_maze.index("S")
         return self.s, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        maze = self.mazes[self.age >= self.change_step]
+        maze = self.maze_now()
         ahead = self.s + self.moves[action]
         if maze[ahead] != "#":
             self.s = ahead
@@ -226,17 +232,19 @@ class MazeEnv(gym.Env):
         return self.s, float(goal), goal, False, {}
 
     def render(self) -> np.ndarray:
-        maze = self.mazes[self.age >= self.change_step]
+        maze = self.maze_now()
         rows = (maze[: self.s] + "@" + maze[self.s + 1 :]).split()
         ink = {"#": (0, 0, 0), "G": (254, 126, 125), "@": (160, 212, 56)}
         pixels = np.array([[ink.get(cell, (243, 248, 238)) for cell in row] for row in rows], dtype=np.uint8)
         return pixels.repeat(16, 0).repeat(16, 1)
 
 
-GAP_LEFT, GAP_RIGHT, GAPS = (CHANGING_MAZE.format(row=row) for row in (".########", "########.", ".#######."))
+GAP_LEFT = CHANGING_MAZE.format(row=".########")
+GAP_RIGHT = CHANGING_MAZE.format(row="########.")
+TWO_GAPS = CHANGING_MAZE.format(row=".#######.")
 gym.register("DynaMaze-v0", entry_point=MazeEnv, kwargs={"maze": DYNA_MAZE})
-gym.register("BlockingMaze-v0", entry_point=lambda **kwargs: MazeEnv(GAP_RIGHT, GAP_LEFT, 1000, **kwargs))
-gym.register("ShortcutMaze-v0", entry_point=lambda **kwargs: MazeEnv(GAP_LEFT, GAPS, 3000, **kwargs))
+gym.register("BlockingMaze-v0", entry_point=MazeEnv, kwargs={"maze": GAP_RIGHT, "later": GAP_LEFT, "change_step": 1000})
+gym.register("ShortcutMaze-v0", entry_point=MazeEnv, kwargs={"maze": GAP_LEFT, "later": TWO_GAPS, "change_step": 3000})
 
 
 def make_table_env(args: Args, video: str | None = None) -> gym.Env:
@@ -246,32 +254,35 @@ def make_table_env(args: Args, video: str | None = None) -> gym.Env:
         kwargs |= {"size": 6, "levels": sokoban_env.generate_levels(1, size=6, num_boxes=1, seed=11)[0]}
     try:
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
-        env = gym.wrappers.TransformReward(env, lambda r: np.asarray(r, dtype=float).item())
+        env = gym.wrappers.TransformReward(env, lambda r: np.asarray(r, dtype=float).item())  # some rewards are arrays
         if video:
             env.reset()
-            env.render()  # what is missing for it is said here
+            env.render()  # fails here, with a reason, if it can't film
             env = gym.wrappers.RecordVideo(env, video)
     except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
         reason = (str(e) or "it has no render()").splitlines()[0]
         sys.exit(f"can't {'film' if video else 'make'} --env-id {args.env_id}: {reason}; try DynaMaze-v0")
-    states, discrete = env.observation_space, gym.spaces.Discrete
-    parts = states.spaces if isinstance(states, gym.spaces.Tuple) else [states]
-    board = isinstance(states, gym.spaces.Box) and states.dtype.kind in "iu"
-    if not isinstance(env.action_space, discrete):
+    if not isinstance(env.action_space, gym.spaces.Discrete):
         sys.exit(f"{args.env_id} has the action space {env.action_space}, tables need a Discrete one: try DynaMaze-v0")
-    if not board and not all(isinstance(part, discrete) for part in parts):
+    states = env.observation_space
+    parts = states.spaces if isinstance(states, gym.spaces.Tuple) else [states]
+    integers = isinstance(states, gym.spaces.Box) and states.dtype.kind in "iu"  # an array of them, as in Sokoban
+    if not integers and not all(isinstance(part, gym.spaces.Discrete) for part in parts):
         sys.exit(f"{args.env_id} has the states {states}, tables need discrete ones: for vectors take dyna_dqn.py")
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def state_key(observation: Any) -> int | str | tuple[int, ...]:
-    """What identifies a state: a number, several, or an array's bytes as text."""
+    """A key for a state, so that a dictionary can find it: a number, a tuple of them, or an array's bytes as text."""
     if isinstance(observation, np.ndarray):
         return observation.tobytes().hex()
     return tuple(map(int, observation)) if isinstance(observation, tuple) else int(observation)
 
 
 # --------------------------------------------------------------------------------------------------------- algorithm
+
+
+Outcomes = dict[tuple[float, int, bool], int]  # what was seen after s, a: {(r, s', terminated): count}
 
 
 def greedy_action(q: list[float], actions: list[int], uniform: Callable[[], float]) -> int:
@@ -281,36 +292,35 @@ def greedy_action(q: list[float], actions: list[int], uniform: Callable[[], floa
     return ties[0] if len(ties) == 1 else ties[int(uniform() * len(ties))]
 
 
-def sample_outcome(
-    outcomes: dict[tuple[float, int, bool], int], uniform: Callable[[], float]
-) -> tuple[float, int, bool]:
-    """An outcome (r, s', terminated), in proportion to its count."""
+def sample_outcome(outcomes: Outcomes, uniform: Callable[[], float]) -> tuple[float, int, bool]:
+    """Draw an outcome (r, s', terminated) with a probability in proportion to its count."""
     if len(outcomes) == 1:
-        for outcome in outcomes:
+        return next(iter(outcomes))
+    left = uniform() * sum(outcomes.values())
+    for outcome, count in outcomes.items():
+        if left < count:
             return outcome
-    lot = uniform() * sum(outcomes.values())
-    for outcome, n in outcomes.items():
-        lot -= n
-        if lot < 0:
-            return outcome
-    raise AssertionError("counts add up to more than any lot")
+        left -= count
+    raise AssertionError("`left` starts below the sum of the counts")
 
 
-def expected_target(outcomes: dict[tuple[float, int, bool], int], Q: list[list[float]], gamma: float) -> float:
-    """Σ p(r, s' | s, a) (r + γ max_a Q(s', a)), with p from the counts."""
-    total = sum(n * (r if end else r + gamma * max(Q[s2])) for (r, s2, end), n in outcomes.items())
+def expected_target(outcomes: Outcomes, Q: list[list[float]], gamma: float) -> float:
+    """Σ p(r, s' | s, a) (r + γ max_a Q(s', a)), with p = count / sum of counts."""
+    total = sum(count * (r if end else r + gamma * max(Q[s2])) for (r, s2, end), count in outcomes.items())
     return total / sum(outcomes.values())
 
 
 def evaluate_table(args: Args) -> dict[str, np.ndarray]:
-    """Returns and lengths of episodes by the greedy policy of a file, which acts at random in states it never saw."""
-    state = load_checkpoint(args.evaluate, "cpu")
-    Q, ids = state["Q"].tolist(), {key: s for s, key in enumerate(state["states"])}
-    env, uniform = make_table_env(args), random.Random(args.seed).random
-    if isinstance(env.unwrapped, MazeEnv):
-        changed = state["global_step"] >= env.unwrapped.change_step
-        env.unwrapped.change_step = 0 if changed else math.inf  # the walls stay as the run left them
-    actions, first = list(range(int(env.action_space.n))), int(env.action_space.start)
+    """Returns and lengths of episodes of a file's greedy policy. It acts at random in states that it never saw."""
+    saved = load_checkpoint(args.evaluate, "cpu")
+    Q = saved["Q"].tolist()
+    ids = {key: s for s, key in enumerate(saved["states"])}
+    env = make_table_env(args)
+    uniform = random.Random(args.seed).random
+    if isinstance(env.unwrapped, MazeEnv):  # the walls stay as the run left them
+        changed = saved["global_step"] >= env.unwrapped.change_step
+        env.unwrapped.change_step = 0 if changed else math.inf
+    actions, first_action = list(range(int(env.action_space.n))), int(env.action_space.start)
     returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
     for i in range(args.eval_episodes):
         observation, _ = env.reset(seed=args.seed if i == 0 else None)
@@ -318,19 +328,19 @@ def evaluate_table(args: Args) -> dict[str, np.ndarray]:
         while not done and lengths[i] < EVALUATION_STEPS:
             s = ids.get(state_key(observation))
             q = [0.0] * len(actions) if s is None else Q[s]
-            observation, r, terminated, truncated, _ = env.step(first + greedy_action(q, actions, uniform))
+            observation, r, terminated, truncated, _ = env.step(first_action + greedy_action(q, actions, uniform))
             returns[i] += r
             lengths[i] += 1
             done = terminated or truncated
-    half = 1.96 * returns.std() / math.sqrt(len(returns))
-    print(f"greedy policy: return {returns.mean():.4g} ± {half:.2g}, {lengths.mean():.1f} steps an episode")
+    margin = 1.96 * returns.std() / math.sqrt(len(returns))  # of the 95 % interval
+    print(f"greedy policy: return {returns.mean():.4g} ± {margin:.2g}, {lengths.mean():.1f} steps an episode")
     if cut := int((lengths == EVALUATION_STEPS).sum()):
         print(f"{cut} of {len(returns)} episodes were cut after {EVALUATION_STEPS:,} steps")
     return {"returns": returns, "lengths": lengths}
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line, over the flags of the file to evaluate."""
+    """The flags of the command line; the others are those of the file to evaluate, or the defaults."""
     path = tyro.cli(Args, args=argv).evaluate
     args = tyro.cli(Args, args=argv, default=saved_args(path) if path else Args())
     least = {"seed": 0, "planning_steps": 0, "kappa": 0, "theta": 0, "total_timesteps": 1, "eval_episodes": 1}
@@ -346,73 +356,74 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int]], Any] | None = None) -> dict:
-    """Train, or evaluate. `watch(global_step, backups, Q, ids)` sees each real step; True ends the run."""
+    """Train, or evaluate. `watch(global_step, backups, Q, ids)` is called after each real step; True ends the run."""
     if args.evaluate:
         return evaluate_table(args)
     seed_everything(args.seed, args.torch_deterministic)
     run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}") if args.log_frequency else ""
     logger = Logger(args, run_name) if args.log_frequency else None
     env = make_table_env(args, f"videos/{run_name}" if args.capture_video else None)
-    actions, first = list(range(int(env.action_space.n))), int(env.action_space.start)
+    actions, first_action = list(range(int(env.action_space.n))), int(env.action_space.start)
     alpha, gamma, epsilon, kappa, K = args.alpha, args.gamma, args.epsilon, args.kappa, args.planning_steps
     uniform = random.Random(args.seed).random  # int(uniform() * n) is the fastest way to an integer
 
     ids: dict[Any, int] = {}  # the number s of each state, in the order of appearance
     Q: list[list[float]] = []  # Q[s][a]
-    M: list[list[dict[tuple[float, int, bool], int]]] = []  # M[s][a]: {(r, s', terminated): count}
+    M: list[list[Outcomes]] = []  # M[s][a], the model
     last_tried: list[list[int]] = []  # the real step at which a was last tried in s, 0: never
-    known: list[list[int]] = []  # actions for which the model of s has an answer
-    visited: list[int] = []  # states acted in
-    predecessors: list[set[tuple[int, int]]] = []  # pairs (s, a) that led to a state
-    queue: list[tuple[float, int, int]] = []  # prioritised sweeping: (-P, s, a)
-    priority: dict[tuple[int, int], float] = {}  # the P with which a pair is in the queue; others of it are outdated
+    visited: list[int] = []  # states acted in: planning starts from them
+    choices: list[list[int]] = []  # actions that planning may take in s: the tried ones (Dyna-Q+: all)
+    predecessors: list[set[tuple[int, int]]] = []  # prioritised sweeping: pairs (s, a) that led to a state
+    queue: list[tuple[float, int, int]] = []  # prioritised sweeping: (-priority, s, a)
+    priorities: dict[tuple[int, int], float] = {}  # of queued pairs; queue entries with another priority are outdated
 
-    def number(observation: Any) -> int:
-        """The number of a state; a new one gets its rows in the tables."""
+    def state_number(observation: Any) -> int:
+        """The number s of a state; a new one gets its rows in the tables."""
         key = state_key(observation)
         if key not in ids:
-            ids[key] = len(ids)
+            s = ids[key] = len(ids)
             Q.append([0.0] * len(actions))
-            M.append([{} for _ in actions])
             last_tried.append([0] * len(actions))
-            known.append([])
             predecessors.append(set())
+            # Dyna-Q+ plans with untried actions too: they lead back to s and pay nothing.
+            M.append([{(0.0, s, False): 1} if kappa else {} for _ in actions])
+            choices.append(list(actions) if kappa else [])
         return ids[key]
 
     def prioritize(s: int, a: int) -> None:
-        P = abs(expected_target(M[s][a], Q, gamma) - Q[s][a])  # P = |r + γ max_a Q(s',a) - Q(s,a)|
-        if max(args.theta, priority.get((s, a), 0.0)) < P:
-            priority[s, a] = P
-            heapq.heappush(queue, (-P, s, a))
+        """Queue a pair with the priority |r + γ max_a Q(s',a) - Q(s,a)|, if that is above θ and what it has there."""
+        priority = abs(expected_target(M[s][a], Q, gamma) - Q[s][a])
+        if priority > args.theta and priority > priorities.get((s, a), 0.0):
+            priorities[s, a] = priority
+            heapq.heappush(queue, (-priority, s, a))
 
     episodes: list[tuple[int, float, int]] = []  # (global_step, return, length) of each
-    backups, error_sum, row_step, row_episodes = 0, 0.0, 0, 0  # the last two: where the last row of metrics stood
+    backups, error_sum = 0, 0.0
+    row_step, row_episodes = 0, 0  # steps and episodes up to the last row of metrics
     observation, _ = env.reset(seed=args.seed)
-    s = number(observation)
+    s = state_number(observation)
     start = time.perf_counter()
     for global_step in tqdm(range(1, args.total_timesteps + 1), disable=not sys.stderr.isatty()):
         # 1. Act: a_t by Q, ε-greedily.
-        a = actions[int(uniform() * len(actions))] if uniform() < epsilon else greedy_action(Q[s], actions, uniform)
-        observation, r, terminated, truncated, info = env.step(first + a)
-        s2, terminated = number(observation), bool(terminated)
+        explore = uniform() < epsilon
+        a = int(uniform() * len(actions)) if explore else greedy_action(Q[s], actions, uniform)
+        observation, r, terminated, truncated, info = env.step(first_action + a)
+        s2, terminated = state_number(observation), bool(terminated)
 
         # 2. Learn: ΔQ(s_t,a_t) = α (r_{t+1} + γ max_a Q(s_{t+1},a) - Q(s_t,a_t)). Only `terminated` ends the bootstrap.
         error = (r if terminated else r + gamma * max(Q[s2])) - Q[s][a]
         error_sum += abs(error)
-        if not args.prioritized:  # there, this backup goes through the queue like all others
+        if not args.prioritized:  # prioritised sweeping makes this backup out of its queue, in step 4
             Q[s][a] += alpha * error
             backups += 1
 
         # 3. Model: M(s_t,a_t) <- (s_{t+1}, r_{t+1}).
-        if not known[s]:
+        if not any(last_tried[s]):
             visited.append(s)
-            if kappa:  # Dyna-Q+ plans with untried actions too: they lead back to s and pay nothing
-                known[s] = actions
-                M[s] = [{(0.0, s, False): 1} for _ in actions]
         if last_tried[s][a] == 0:
-            M[s][a] = {}
+            M[s][a] = {}  # Dyna-Q+ forgets that it took the action to lead back
             if not kappa:
-                known[s].append(a)
+                choices[s].append(a)
         outcome = (r, s2, terminated)
         if args.model == "counts":
             M[s][a][outcome] = M[s][a].get(outcome, 0) + 1
@@ -424,38 +435,39 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
         if args.prioritized:
             predecessors[s2].add((s, a))
             prioritize(s, a)
-            for _ in range(K):
-                while queue and -queue[0][0] != priority.get(queue[0][1:]):
-                    heapq.heappop(queue)  # outdated
-                if not queue:
-                    break
-                _, sk, ak = heapq.heappop(queue)
-                del priority[sk, ak]
+            planned = 0
+            while queue and planned < K:
+                negative, sk, ak = heapq.heappop(queue)
+                if priorities.get((sk, ak)) != -negative:
+                    continue  # outdated: the pair was queued again with a higher priority
+                del priorities[sk, ak]
                 Q[sk][ak] += alpha * (expected_target(M[sk][ak], Q, gamma) - Q[sk][ak])
-                backups += 1
+                planned += 1
                 for pair in predecessors[sk]:
                     prioritize(*pair)
+            backups += planned
         else:
             for _ in range(K):
                 sk = visited[int(uniform() * len(visited))]
-                tried = known[sk]
                 if args.planning_action == "visited" or uniform() < epsilon:
-                    ak = tried[int(uniform() * len(tried))]
+                    ak = choices[sk][int(uniform() * len(choices[sk]))]
                 else:
-                    ak = greedy_action(Q[sk], tried, uniform)
+                    ak = greedy_action(Q[sk], choices[sk], uniform)
                 rk, sk2, end = sample_outcome(M[sk][ak], uniform)  # s_{k+1}, r_{k+1} = M(s_k, a_k)
                 if kappa:
                     rk += kappa * math.sqrt(global_step - last_tried[sk][ak])  # r + κ √τ
-                Q[sk][ak] += alpha * ((rk if end else rk + gamma * max(Q[sk2])) - Q[sk][ak])
+                error = (rk if end else rk + gamma * max(Q[sk2])) - Q[sk][ak]
+                Q[sk][ak] += alpha * error
             backups += K
 
         s = s2
         if terminated or truncated:
             episodes.append((global_step, info["episode"]["r"], info["episode"]["l"]))
             observation, _ = env.reset()
-            s = number(observation)
-        stopped = bool(watch and watch(global_step, backups, Q, ids))
-        last = stopped or global_step == args.total_timesteps or len(episodes) == args.num_episodes > 0
+            s = state_number(observation)
+        stopped = watch is not None and watch(global_step, backups, Q, ids)
+        enough = args.num_episodes > 0 and len(episodes) == args.num_episodes
+        last = stopped or enough or global_step == args.total_timesteps
         if logger and (last or global_step % args.log_frequency == 0):
             ended = episodes[row_episodes:]
             metrics = {
@@ -463,8 +475,9 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
                 "losses/td_error": error_sum / (global_step - row_step), "losses/q_values": sum(map(max, Q)) / len(Q),
             }  # fmt: skip
             if ended:
-                metrics["charts/episodic_return"] = sum(episode[1] for episode in ended) / len(ended)
-                metrics["charts/episodic_length"] = sum(episode[2] for episode in ended) / len(ended)
+                _, returns, lengths = zip(*ended, strict=True)
+                metrics["charts/episodic_return"] = sum(returns) / len(ended)
+                metrics["charts/episodic_length"] = sum(lengths) / len(ended)
             logger.log(global_step, metrics)
             row_step, row_episodes, error_sum = global_step, len(episodes), 0.0
         if last:
@@ -473,8 +486,8 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
     if logger:
         path = logger.path.with_name("agent.pt")
         if args.save_model:
-            tables = {"Q": torch.tensor(Q, dtype=torch.float64), "states": list(ids)}
-            save_checkpoint(path, {"args": asdict(args), "global_step": global_step} | tables)
+            agent = {"Q": torch.tensor(Q, dtype=torch.float64), "states": list(ids)}
+            save_checkpoint(path, {"args": asdict(args), "global_step": global_step, **agent})
         print(f"wrote {path if args.save_model else logger.path}")
         logger.close()
     env.close()

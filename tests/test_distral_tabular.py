@@ -243,6 +243,7 @@ def test_save_evaluate_and_held_out_goal():
     [
         ("--alpha 1.2", "--alpha 1.2"),
         ("--beta 0", "--beta 0.0"),
+        ("--pseudo-count 0", "--pseudo-count 0.0 must be above 0"),
         ("--num-tasks 51", "ask for 51 goals, the rooms have 50"),
         ("--evaluate no_such_file.npz", "can't read the tables no_such_file.npz"),
     ],

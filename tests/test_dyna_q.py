@@ -191,7 +191,7 @@ def test_the_largest_error_comes_first(bonus, first):
 
 def test_mazes_are_the_books():
     def shortest(env, later):
-        reached, maze = [{env.reset()[0]}], env.mazes[later]
+        reached, maze = [{env.reset()[0]}], env.later_maze if later else env.first_maze
         while not any(maze[s] == "G" for s in reached[-1]):
             reached.append({s + move for s in reached[-1] for move in env.moves if maze[s + move] != "#"})
         return len(reached) - 1
