@@ -17,6 +17,9 @@ done
 # 2. Where imagination pays: deep rollouts of π̂'s likeliest actions
 $run --study i2a_depth --variants "model-free=--agent model-free" \
   "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" --flags="--no-anneal-lr --total-timesteps 300000"
+for run in runs/*__i2a_depth-model-free__*; do # on to 70 %
+  python i2a.py --resume "$run/checkpoint.pt" --total-timesteps 450000
+done
 python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6 0.7
 
 # 3. 10x10 rooms with four boxes
