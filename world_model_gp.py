@@ -59,7 +59,7 @@ class Args:
     total_timesteps: int = 500  # real steps; evaluations don't count
     initial_steps: int = 200  # real steps of the first iteration
     steps_per_iteration: int = 100  # real steps of each later one
-    gp_points: int = 400  # most points of the Gaussian process, whose cost is their cube; a random subset of more
+    gp_points: int = 400  # most points of the Gaussian process (cost: their cube); of more data, a random subset
     gp_steps: int = 100  # gradient steps on its marginal likelihood
     gp_learning_rate: float = 0.1  # learning rate of these steps
     model_learning_rate: float = 2e-3  # learning rate of the network for termination
@@ -232,12 +232,13 @@ class RealEnvs:
     ) -> None:
         # np.array makes a copy: some environments return the same array again and again
         wrappers: list[Any] = [lambda env: gym.wrappers.TransformObservation(env, np.array, None)]
-        mode, kwargs = gym.vector.AutoresetMode.SAME_STEP, {"disable_env_checker": True}
+        reset_at_once = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        kwargs = {"disable_env_checker": True}
         if video:
             wrappers.append(lambda env: gym.wrappers.RecordVideo(env, video, lambda episode: episode == 0))
             kwargs["render_mode"] = "rgb_array"
         try:
-            self.envs = gym.make_vec(env_id, num_envs, "sync", {"autoreset_mode": mode}, wrappers, **kwargs)
+            self.envs = gym.make_vec(env_id, num_envs, "sync", reset_at_once, wrappers, **kwargs)
             s, _ = self.envs.reset(seed=seed)
         except (gym.error.Error, ValueError, TypeError, ImportError) as e:
             sys.exit(f"can't make --env-id {env_id}: {str(e).splitlines()[0]}")
@@ -262,15 +263,16 @@ class RealEnvs:
         """Actions (B, A) -> s' (B, S), r, terminated, truncated (B,)."""
         space = self.envs.single_action_space
         if self.discrete:
-            random_actions, noisy = self.rng.integers(space.n, size=len(a)), self.rng.random(len(a)) < self.noise
-            actions = space.start + np.where(noisy, random_actions, a.argmax(-1).cpu().numpy())
+            random_actions = self.rng.integers(space.n, size=len(a))
+            is_random = self.rng.random(len(a)) < self.noise
+            actions = space.start + np.where(is_random, random_actions, a.argmax(-1).cpu().numpy())
         else:
             noisy = np.clip(a.cpu().numpy() + self.noise * self.rng.standard_normal(a.shape), -1, 1)
             actions = (space.low + (noisy + 1) / 2 * (space.high - space.low)).astype(space.dtype)
         s2, r, terminated, truncated, info = self.envs.step(actions)
         self.s = self._tensor(s2)
         for i in np.flatnonzero(terminated | truncated):
-            s2[i] = info["final_obs"][i]
+            s2[i] = info["final_obs"][i]  # the true next state; s2[i] was the first one of the next episode
         ends = torch.tensor(np.stack([terminated, truncated]), device=self.device)
         return self._tensor(s2), self._tensor(r), ends[0], ends[1]
 
@@ -281,7 +283,7 @@ class RealEnvs:
 
 
 class ImaginedEnvs:
-    """B environments inside the model: real start states, an end by the predicted termination or the horizon.
+    """B environments inside the model. Episodes start in real states; a predicted end or the horizon ends them.
 
     `imagine` is the model's step: s, a, rng -> s', r, probability of the end.
     """
@@ -307,21 +309,27 @@ class ImaginedEnvs:
 @torch.no_grad()
 def collect(envs: RealEnvs, act: Any, num_steps: int, first_episode: int, rng: torch.Generator) -> dict[str, Tensor]:
     """Rows of `num_steps` real transitions, none across a reset. `end` is terminated, not truncated."""
-    columns, episode, first = [], first_episode, True
+    rows, episode, first = [], first_episode, True
     for _ in range(num_steps):
-        s, a = envs.s, act(envs.s, rng)  # (1, S), (1, A)
+        s = envs.s  # (1, S)
+        a = act(s, rng)  # (1, A)
         s2, r, terminated, truncated = envs.step(a)
-        columns.append((s, a, s2, r, terminated.float(), torch.tensor([episode]), torch.tensor([first])))
+        row = {"s": s, "a": a, "s2": s2, "r": r, "end": terminated.float()}
+        rows.append(row | {"episode": torch.tensor([episode]), "first": torch.tensor([first])})
         first = bool(terminated | truncated)
-        episode += first
-    names = ("s", "a", "s2", "r", "end", "episode", "first")
-    return dict(zip(names, (torch.cat(x).to(envs.s.device) for x in zip(*columns, strict=True)), strict=True))
+        if first:
+            episode += 1
+    return {name: torch.cat([row[name] for row in rows]).to(envs.s.device) for name in rows[0]}
 
 
 def held_out_rows(episode: Tensor, share: float = 0.2) -> Tensor:
-    """Which rows (N,) are held out: an evenly spread `share` of the episodes, at least the last; of one, its end."""
+    """A mask (N,) of the rows to hold out: every fifth episode, or the last of fewer; of a single one, its last fifth.
+
+    An episode that was once held out is always held out.
+    """
     if (episode == episode[0]).all():
-        if (N := len(episode)) < 10:
+        N = len(episode)
+        if N < 10:
             sys.exit(f"the data hold {N} steps of one episode, too few: more --initial-steps or --total-timesteps")
         return torch.arange(N, device=episode.device) >= N - max(1, min(int(N * share), N // 2))
     held_out = ((episode + 1) * share).floor() > (episode * share).floor()
@@ -349,7 +357,7 @@ def cholesky_with_jitter(matrix: Tensor) -> Tensor:
 class GaussianProcessModel(nn.Module):
     """An exact Gaussian process for each number of (Δs, r), in units of their spread; a small network for termination.
 
-    All of it in double precision: on data without noise the variance is a small difference of large numbers.
+    It computes in double precision: on data without noise, the variance is a small difference of large numbers.
     """
 
     def __init__(self, S: int, A: int, bounds: tuple[Tensor, Tensor]) -> None:
@@ -359,23 +367,25 @@ class GaussianProcessModel(nn.Module):
         self.log_signal = nn.Parameter(torch.zeros(S + 1))  # log σ_f
         self.log_noise = nn.Parameter(torch.full((S + 1,), -2.0))  # log σ_n
         self.end_net = nn.Sequential(nn.Linear(S, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
-        for name, size in (("x", S + A), ("y", S + 1)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("x_mean", torch.zeros(S + A))
+        self.register_buffer("x_std", torch.ones(S + A))
+        self.register_buffer("y_mean", torch.zeros(S + 1))
+        self.register_buffer("y_std", torch.ones(S + 1))
 
     def standardize(self, data: dict[str, Tensor]) -> None:
         """Take the scales of states, changes and rewards from the data. One-hot actions stay as they are."""
         std = data["s"].std(0)
-        self.x_mean[: self.S], self.x_std[: self.S] = data["s"].mean(0), torch.where(std > 1e-6, std, 1.0)
+        self.x_mean[: self.S] = data["s"].mean(0)
+        self.x_std[: self.S] = torch.where(std > 1e-6, std, 1.0)
         y = targets(data)
         self.y_mean.copy_(y.mean(0))
-        self.y_std.copy_(y.std(0).clamp_min(1e-6))  # a constant stays one, however far the model extrapolates
+        self.y_std.copy_(y.std(0).clamp_min(1e-6))  # tiny: a constant reward stays constant
 
     def kernel(self, x1: Tensor, x2: Tensor) -> Tensor:
         """k(x, x') = σ_f² exp(-½ Σ_d (x_d - x'_d)² / ℓ_d²): (N, D), (M, D) -> (O, N, M)."""
         scale = self.log_scale.exp().to(x1.dtype)[:, None]  # (O, 1, D)
-        x1, x2 = x1 / scale, x2 / scale
-        square = (x1**2).sum(-1)[:, :, None] + (x2**2).sum(-1)[:, None] - 2 * x1 @ x2.mT
+        x1, x2 = x1 / scale, x2 / scale  # (O, N, D), (O, M, D)
+        square = (x1**2).sum(-1)[:, :, None] + (x2**2).sum(-1)[:, None, :] - 2 * (x1 @ x2.mT)  # |x - x'|²
         return (2 * self.log_signal[:, None, None].to(x1.dtype) - square.clamp_min_(0) / 2).exp()
 
     def noise(self) -> Tensor:
@@ -384,7 +394,8 @@ class GaussianProcessModel(nn.Module):
 
     def factor(self, x: Tensor) -> Tensor:
         """The Cholesky factor (O, N, N) of K + σ_n² I."""
-        return cholesky_with_jitter(self.kernel(x, x) + torch.diag_embed(self.noise()[:, None].expand(-1, len(x))))
+        noise = torch.diag_embed(self.noise()[:, None].expand(-1, len(x)))  # σ_n² I (O, N, N)
+        return cholesky_with_jitter(self.kernel(x, x) + noise)
 
     def negative_log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(y | x) / N = (½ yᵀ(K + σ_n² I)⁻¹y + Σ log L_ii) / N + ½ log 2π of x (N, D), y (O, N): (O,)."""
@@ -410,12 +421,13 @@ class GaussianProcessModel(nn.Module):
     def condition(self, x: Tensor, y: Tensor) -> None:
         """Keep the points (N, D), α = (K + σ_n² I)⁻¹ y (O, N), and L⁻¹ (O, N, N)."""
         L = self.factor(x)
-        self.points, self.alpha = x, torch.cholesky_solve(y[..., None], L).squeeze(-1)
+        self.points = x
+        self.alpha = torch.cholesky_solve(y[..., None], L).squeeze(-1)
         eye = torch.eye(len(x), dtype=x.dtype, device=x.device).expand_as(L)
         self.inverse = torch.linalg.solve_triangular(L, eye, upper=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D) -> of an observation, mean k*ᵀα and variance k** - k*ᵀ(K + σ_n² I)⁻¹k* + σ_n²: (B, O) each."""
+        """(B, D) -> mean k*ᵀα and variance k** - k*ᵀ(K + σ_n² I)⁻¹k* + σ_n² of (Δs, r), its noise included: (B, O)."""
         k = self.kernel(self.points, ((x - self.x_mean) / self.x_std).double())  # (O, N, B)
         mean = (self.alpha[:, None] @ k).squeeze(1)  # (O, B)
         explained = (self.inverse @ k).square().sum(1)  # |L⁻¹ k*|²
@@ -433,7 +445,7 @@ class GaussianProcessModel(nn.Module):
         mean, variance = self(torch.cat([s, a], 1))
         y = mean + variance.sqrt() * torch.randn(mean.shape, generator=rng, device=mean.device)
         y = y * self.y_std + self.y_mean
-        far = 50 * self.x_std[: self.S]  # imagined states stay finite, in the space of states and in sight of the data
+        far = 50 * self.x_std[: self.S]  # keep imagined states inside the space of states, and near the data
         low = torch.maximum(self.bounds[0], self.x_mean[: self.S] - far)
         high = torch.minimum(self.bounds[1], self.x_mean[: self.S] + far)
         s2 = (s + y[:, :-1]).clamp(low, high)  # s' = s + Δs
@@ -447,14 +459,18 @@ def fit_termination(
 
     Returns the training loss (last epoch), the best held-out loss, and the epochs.
     """
-    s2, end, N = data["s2"][~held_out], data["end"][~held_out], int((~held_out).sum())
+    s2, end = data["s2"][~held_out], data["end"][~held_out]
+    N = len(s2)
+    batch_size = min(128, max(16, N // 8))  # of few data, eight batches an epoch
     parameters = list(env_model.end_net.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.model_learning_rate, fused=True)
-    best, best_weights, since, epoch = math.inf, None, 0, 0
+    best, best_weights = math.inf, None
+    since, epoch = 0, 0  # `since`: epochs since the last better one
     while epoch < args.model_epochs and since < 20:
         epoch += 1
         losses = []
-        for rows in torch.rand(N, generator=rng, device=s2.device).argsort().split(min(128, max(16, N // 8))):
+        order = torch.rand(N, generator=rng, device=s2.device).argsort()
+        for rows in order.split(batch_size):
             loss = F.binary_cross_entropy_with_logits(env_model.end_logit(s2[rows]), end[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -476,29 +492,34 @@ def fit_termination(
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
+def tanh_network(sizes: list[int], std: float) -> nn.Sequential:
+    """Linear layers of these sizes with tanh between them; the last one's weights have gain `std`."""
+    *hidden, out = itertools.pairwise(sizes)
+    layers: list[nn.Module] = []
+    for n_in, n_out in hidden:
+        layers += [layer_init(nn.Linear(n_in, n_out)), nn.Tanh()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(*out), std))
+
+
 class RolloutActorCritic(nn.Module):
-    """Actor and critic, tanh networks of their own. Continuous actions: a Gaussian around the actor's output."""
+    """Two tanh networks, actor and critic. Continuous actions: a Gaussian around the actor's output."""
 
     def __init__(self, S: int, A: int, hidden: tuple[int, ...], discrete: bool) -> None:
         super().__init__()
-
-        def network(out: int, std: float) -> nn.Sequential:
-            layers: list[nn.Module] = []
-            for n_in, n_out in itertools.pairwise([S, *hidden]):
-                layers += [layer_init(nn.Linear(n_in, n_out)), nn.Tanh()]
-            return nn.Sequential(*layers, layer_init(nn.Linear([S, *hidden][-1], out), std))
-
-        self.actor, self.critic, self.discrete = network(A, 0.01), network(1, 1.0), discrete
-        self.log_std = nn.Parameter(torch.full((A,), -0.5 if not discrete else 0.0))
+        self.discrete = discrete
+        self.actor = tanh_network([S, *hidden, A], 0.01)
+        self.critic = tanh_network([S, *hidden, 1], 1.0)
+        self.log_std = nn.Parameter(torch.full((A,), -0.5))  # of continuous actions
         self.register_buffer("mean", torch.zeros(S))
         self.register_buffer("std", torch.ones(S))
 
     @torch.no_grad()
     def standardize(self, mean: Tensor, std: Tensor, keep: bool) -> None:
-        """Take the scales of states. `keep`: with first layers changed so that both functions stay what they were."""
-        for layer in (self.actor[0], self.critic[0]) if keep else ():
-            layer.bias += layer.weight @ ((mean - self.mean) / self.std)
-            layer.weight *= std / self.std
+        """Scale states by new m', σ'. `keep`: change the first layers, so that both functions stay as they were."""
+        if keep:
+            for layer in (self.actor[0], self.critic[0]):
+                layer.bias += layer.weight @ ((mean - self.mean) / self.std)  # b' = b + W (m' - m) / σ
+                layer.weight *= std / self.std  # W' = W σ' / σ
         self.mean.copy_(mean)
         self.std.copy_(std)
 
@@ -510,9 +531,9 @@ class RolloutActorCritic(nn.Module):
         return self.actor((s - self.mean) / self.std)
 
     def sample_action(self, out: Tensor, rng: torch.Generator | None) -> Tensor:
-        """Out of the policy's output (B, A), an action (B, A): one-hot, or before clipping. Without rng: greedy."""
+        """The policy's output (B, A) -> an action (B, A): one-hot, or a vector, not clipped. Without rng: greedy."""
         if self.discrete:
-            if rng is not None:  # argmax(logits + Gumbel noise)
+            if rng is not None:  # argmax(logits + Gumbel noise) has the probabilities softmax(logits)
                 out = out - torch.empty_like(out).exponential_(generator=rng).log_()
             return F.one_hot(out.argmax(-1), out.shape[-1]).float()
         if rng is not None:
@@ -535,17 +556,17 @@ class RolloutActorCritic(nn.Module):
 @torch.no_grad()
 def policy_rollout(envs: Any, agent: RolloutActorCritic, num_steps: int, rng: torch.Generator) -> dict[str, Tensor]:
     """T steps of the stochastic policy in B environments, real or imagined; (T, B, ...) each."""
-    columns: list[tuple[Tensor, ...]] = []
+    rows = []
     for _ in range(num_steps):
         s = envs.s
         out = agent.policy(s)
-        a = agent.sample_action(out, rng)
-        columns.append((s, out, a, *envs.step(a.clamp(-1, 1))))
-    names = ("s", "out", "a", "s2", "r", "terminated", "truncated")
-    batch = dict(zip(names, (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
+        a = agent.sample_action(out, rng)  # stored as drawn: log π(a | s) is that of the unclipped action
+        s2, r, terminated, truncated = envs.step(a.clamp(-1, 1))
+        rows.append({"s": s, "out": out, "a": a, "s2": s2, "r": r, "terminated": terminated, "truncated": truncated})
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     batch["log_prob"], _ = agent.log_prob(batch.pop("out"), batch["a"])
     batch["value"] = agent.value(batch["s"])
-    # V(s_{t+1}) of the true next states: of a truncated episode, its own last one
+    # V(s_{t+1}). Where an episode was truncated, the next row is a reset state: take its own last state s2
     batch["next_value"] = torch.cat([batch["value"][1:], agent.value(envs.s)[None]])
     t, b = batch["truncated"].nonzero(as_tuple=True)
     batch["next_value"][t, b] = agent.value(batch["s2"][t, b])
@@ -555,9 +576,9 @@ def policy_rollout(envs: Any, agent: RolloutActorCritic, num_steps: int, rng: to
 def clipped_losses(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, value: Tensor, old_value: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """PPO's losses, means over the batch: -min(ρ A, clip(ρ, 1 ± ε) A), ρ = π / π_old, and ½ (V - R)², R = A + V_old.
+    """PPO's losses, means over the batch: -min(ρ A, clip(ρ, 1 ± ε) A) with ρ = π / π_old, and ½ (V - R)².
 
-    The advantages in R are the raw ones, those of the policy loss standardised over the minibatch.
+    A is the advantage standardised over the minibatch. R = advantage + V_old takes it as it is.
     """
     ratio = (log_prob - old_log_prob).exp()
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -579,21 +600,21 @@ def improve_policy(
     batch["advantage"] = generalized_advantages(
         scale * batch["r"], batch["value"], batch["next_value"], batch["terminated"], done, args.gamma, args.gae_lambda
     )
-    names = ("s", "a", "log_prob", "value", "advantage")
-    flat, total, count = [batch[name].flatten(0, 1) for name in names], torch.zeros(3, device=done.device), 0
+    flat = [batch[name].flatten(0, 1) for name in ("s", "a", "log_prob", "value", "advantage")]
+    total = torch.zeros(3, device=done.device)
     for _ in range(args.update_epochs):
         order = torch.randperm(done.numel(), generator=rng, device=done.device)
         for rows in order.tensor_split(args.num_minibatches):
             s, a, old_log_prob, old_value, advantage = (x[rows] for x in flat)
             log_prob, entropy = agent.log_prob(agent.policy(s), a)
-            losses = clipped_losses(log_prob, old_log_prob, advantage, agent.value(s), old_value, args)
+            policy_loss, value_loss = clipped_losses(log_prob, old_log_prob, advantage, agent.value(s), old_value, args)
+            loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
             optimizer.zero_grad()
-            (losses[0] + args.vf_coef * losses[1] - args.ent_coef * entropy.mean()).backward()
+            loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            total += torch.stack([*losses, entropy.mean()]).detach()
-            count += 1
-    return total / count
+            total += torch.stack([policy_loss, value_loss, entropy.mean()]).detach()
+    return total / (args.update_epochs * args.num_minibatches)
 
 
 @torch.no_grad()
@@ -601,7 +622,8 @@ def imagined_returns(
     imagine: Any, agent: RolloutActorCritic, s: Tensor, horizon: int, rng: torch.Generator, greedy: bool
 ) -> Tensor:
     """Undiscounted returns (B,) of imagined episodes from s. A step counts by the probability that it is reached."""
-    total, alive = torch.zeros(len(s), device=s.device), torch.ones(len(s), device=s.device)
+    total = torch.zeros(len(s), device=s.device)
+    alive = torch.ones(len(s), device=s.device)  # the probability that the episode has not ended
     for _ in range(horizon):
         s, r, end = imagine(s, agent.act(s, None if greedy else rng), rng)
         total += alive * r
@@ -612,23 +634,25 @@ def imagined_returns(
 @torch.no_grad()
 def evaluate_in_reality(envs: RealEnvs, agent: RolloutActorCritic) -> tuple[np.ndarray, dict[str, Tensor]]:
     """A greedy episode in each environment: the returns (B,), and its steps (T, B, ...) with their mask `alive`."""
-    alive, columns = torch.ones(len(envs.s), dtype=torch.bool, device=envs.s.device), []
+    rows, alive = [], torch.ones(len(envs.s), dtype=torch.bool, device=envs.s.device)
     while alive.any():
-        s, a = envs.s, agent.act(envs.s, None)
+        s = envs.s
+        a = agent.act(s, None)
         s2, r, terminated, truncated = envs.step(a)
-        columns.append((s, a, s2, r, alive))
+        rows.append({"s": s, "a": a, "s2": s2, "r": r, "alive": alive})
         alive = alive & ~(terminated | truncated)
-    steps = dict(zip(("s", "a", "s2", "r", "alive"), (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
+    steps = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return (steps["r"] * steps["alive"]).sum(0).cpu().numpy(), steps
 
 
 @torch.no_grad()
 def open_loop_errors(env_model: Any, steps: dict[str, Tensor], rng: torch.Generator) -> dict[str, float]:
     """Errors of s_h, imagined from s_0 under the recorded actions: root mean square, in units of the data's spread."""
-    s, errors, horizons = steps["s"][0], {}, (1, 5, 10, 20, 50, 100, 200, 500)
+    s, errors = steps["s"][0], {}
     for h in range(1, min(500, len(steps["s"])) + 1):
         s, _, _ = env_model.step(s, steps["a"][h - 1], rng)
-        if h in horizons and (alive := steps["alive"][h - 1]).any():
+        alive = steps["alive"][h - 1]
+        if h in (1, 5, 10, 20, 50, 100, 200, 500) and alive.any():
             error = (s - steps["s2"][h - 1])[alive] / env_model.x_std[: env_model.S]
             errors[f"model/error_at_{h}"] = (error**2).mean().sqrt().item()
     return errors
@@ -651,13 +675,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv)
     if path := args.resume or args.evaluate:
         args = tyro.cli(Args, args=argv, default=saved_args(path))
-    counts = ("total_timesteps", "steps_per_iteration", "gp_points", "gp_steps", "model_epochs", "horizon")
-    counts += ("check_frequency", "check_patience", "num_envs", "num_steps", "num_minibatches", "eval_episodes")
+    counts = ("total_timesteps", "initial_steps", "steps_per_iteration", "gp_points", "gp_steps", "model_epochs")
+    counts += ("horizon", "policy_updates", "check_frequency", "check_patience", "num_envs", "num_steps")
+    counts += ("num_minibatches", "update_epochs", "eval_episodes")
     for name in counts:
         if getattr(args, name) < 1:
             sys.exit(f"--{name.replace('_', '-')} must be at least 1")
-    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
-        sys.exit("--gamma and --gae-lambda must be from 0 to 1")
+    if not (0 <= args.gamma < 1 and 0 <= args.gae_lambda <= 1):  # rewards are scaled by 1 - gamma
+        sys.exit("--gamma must be from 0 to below 1, --gae-lambda from 0 to 1")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
         sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
     return args
@@ -679,7 +704,7 @@ def main(args: Args) -> list[dict[str, float]]:
     parts = {"agent": agent, "env_model": env_model, "optimizer": optimizer}
     load_parts(parts, state, path)
 
-    if args.evaluate:  # on other episodes than those that the run was stopped on
+    if args.evaluate:  # on other episodes than --stop-return judged
         returns, _ = evaluate_in_reality(RealEnvs(args.env_id, args.eval_episodes, device, seed + 75_000), agent)
         half = 1.96 * returns.std() / math.sqrt(returns.size)
         print(f"greedy policy, {returns.size} episodes: return {returns.mean():.4g} ± {half:.2g}")
@@ -688,7 +713,7 @@ def main(args: Args) -> list[dict[str, float]]:
             evaluate_in_reality(RealEnvs(args.env_id, 1, device, seed + 75_000, video=folder), agent)
         return [{"eval/return": float(returns.mean())}]
 
-    # ---- everything that the loop touches; a new run, or one that goes on
+    # ---- start a new run, or go on with that of the checkpoint
     data: dict[str, Tensor] = state.get("data", {})
     global_step, iteration, minutes = state.get("global_step", 0), state.get("iteration", 0), state.get("minutes", 0.0)
     if state:
@@ -702,7 +727,7 @@ def main(args: Args) -> list[dict[str, float]]:
         iteration += 1
         start, before = time.perf_counter(), global_step
 
-        # 1. Collect real steps D with the current policy, at first with a random one, from a reset on
+        # 1. Collect real steps D with the current policy, at first a random one; episodes start anew
         num_steps = args.initial_steps if iteration == 1 else args.steps_per_iteration
         num_steps = min(num_steps, args.total_timesteps - global_step)
         envs = RealEnvs(args.env_id, 1, device, seed + iteration)
@@ -723,23 +748,25 @@ def main(args: Args) -> list[dict[str, float]]:
         imagined_envs = ImaginedEnvs(env_model.step, data["s"], args.num_envs, args.horizon, rng)
         check_starts = data["s"][torch.randint(global_step, (40,), generator=rng, device=device)]
         scale = (1 - args.gamma) / max(data["r"].abs().mean().item(), 1e-6)
-        best_return, best, failures, improved, losses = -math.inf, {}, 0, False, []
+        best_return, best = -math.inf, {}
+        failures, improved, losses = 0, False, []
         for update in range(args.policy_updates + 1):
             if update % args.check_frequency == 0 or update == args.policy_updates:
-                # Stop when the imagined return has not grown at some checks in a row, and go back to the best
+                # Stop when the imagined return has not grown at some checks in a row; then go back to the best actor
                 check_rng = torch.Generator(device).manual_seed(args.seed)  # the same luck at each check
                 imagined = imagined_returns(
                     env_model.step, agent, check_starts, envs.max_steps, check_rng, greedy=False
                 )
                 if not imagined.isfinite().all():
                     sys.exit(f"iteration {iteration} imagines numbers that are not finite: lower --gp-learning-rate")
-                failures += 1
                 if imagined.mean() > best_return:
                     failures, improved, best_return = 0, update > 0, imagined.mean()
                     # not the critic: it goes on learning, whatever comes of the actor
                     best = {name: x.clone() for name, x in agent.state_dict().items() if "critic" not in name}
-                elif failures >= args.check_patience and improved:
-                    break
+                else:
+                    failures += 1
+                    if failures >= args.check_patience and improved:
+                        break
             if update == args.policy_updates:
                 break
             batch = policy_rollout(imagined_envs, agent, args.num_steps, rng)

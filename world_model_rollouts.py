@@ -7,7 +7,7 @@ policy on thousands of imagined episodes at once. Only the first costs real step
 one data set, one model, one policy. `--model real` is the model-free counterpart: the same PPO on real environments.
 
 Different from ME-TRPO: PPO for TRPO, Gaussian heads, reward and termination are learned too, and imagined episodes are
-cut at a horizon with a value behind it.
+cut at a horizon, where the critic's value stands for the rest.
 
     python world_model_rollouts.py                                     # CartPole-v1 in 1,000 real steps
     python world_model_rollouts.py --env-id Pendulum-v1 --total-timesteps 4000 --initial-steps 600
@@ -63,12 +63,12 @@ class Args:
     iterations: int | None = None  # stop after so many iterations; 1: the plain recipe, on one fixed data set
     initial_steps: int = 200  # real steps of the first iteration
     steps_per_iteration: int = 200  # real steps of each later one
-    action_noise: float = 0.0  # of the real environment: probability of a random action, or deviation
+    action_noise: float = 0.0  # in the real environment: probability of a random action, or Gaussian deviation
     ensemble_size: int = 5  # networks K; 1: a single model
     model_hidden: tuple[int, ...] = (64, 64)  # units of the networks' hidden layers
     model_learning_rate: float = 2e-3  # learning rate of the networks
     model_epochs: int = 300  # most epochs of a fit
-    sample_member: Literal["step", "trajectory"] = "step"  # when a member is drawn
+    sample_member: Literal["step", "trajectory"] = "step"  # how often an imagined episode draws its member
     start_states: Literal["visited", "initial"] = "visited"  # where imagined episodes start
     horizon: int = 100  # most steps of an imagined episode
     policy_updates: int = 60  # most PPO updates in an iteration
@@ -241,12 +241,13 @@ class RealEnvs:
     ) -> None:
         # np.array makes a copy: some environments return the same array again and again
         wrappers: list[Any] = [lambda env: gym.wrappers.TransformObservation(env, np.array, None)]
-        mode, kwargs = gym.vector.AutoresetMode.SAME_STEP, {"disable_env_checker": True}
+        reset_at_once = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        kwargs = {"disable_env_checker": True}
         if video:
             wrappers.append(lambda env: gym.wrappers.RecordVideo(env, video, lambda episode: episode == 0))
             kwargs["render_mode"] = "rgb_array"
         try:
-            self.envs = gym.make_vec(env_id, num_envs, "sync", {"autoreset_mode": mode}, wrappers, **kwargs)
+            self.envs = gym.make_vec(env_id, num_envs, "sync", reset_at_once, wrappers, **kwargs)
             s, _ = self.envs.reset(seed=seed)
         except (gym.error.Error, ValueError, TypeError, ImportError) as e:
             sys.exit(f"can't make --env-id {env_id}: {str(e).splitlines()[0]}")
@@ -271,15 +272,16 @@ class RealEnvs:
         """Actions (B, A) -> s' (B, S), r, terminated, truncated (B,)."""
         space = self.envs.single_action_space
         if self.discrete:
-            random_actions, noisy = self.rng.integers(space.n, size=len(a)), self.rng.random(len(a)) < self.noise
-            actions = space.start + np.where(noisy, random_actions, a.argmax(-1).cpu().numpy())
+            random_actions = self.rng.integers(space.n, size=len(a))
+            is_random = self.rng.random(len(a)) < self.noise
+            actions = space.start + np.where(is_random, random_actions, a.argmax(-1).cpu().numpy())
         else:
             noisy = np.clip(a.cpu().numpy() + self.noise * self.rng.standard_normal(a.shape), -1, 1)
             actions = (space.low + (noisy + 1) / 2 * (space.high - space.low)).astype(space.dtype)
         s2, r, terminated, truncated, info = self.envs.step(actions)
         self.s = self._tensor(s2)
         for i in np.flatnonzero(terminated | truncated):
-            s2[i] = info["final_obs"][i]
+            s2[i] = info["final_obs"][i]  # the true next state; s2[i] was the first one of the next episode
         ends = torch.tensor(np.stack([terminated, truncated]), device=self.device)
         return self._tensor(s2), self._tensor(r), ends[0], ends[1]
 
@@ -290,7 +292,7 @@ class RealEnvs:
 
 
 class ImaginedEnvs:
-    """B environments inside the model: real start states, an end by the predicted termination or the horizon.
+    """B environments inside the model. Episodes start in real states; a predicted end or the horizon ends them.
 
     `imagine` is the model's step: s, a, rng -> s', r, probability of the end.
     """
@@ -316,21 +318,27 @@ class ImaginedEnvs:
 @torch.no_grad()
 def collect(envs: RealEnvs, act: Any, num_steps: int, first_episode: int, rng: torch.Generator) -> dict[str, Tensor]:
     """Rows of `num_steps` real transitions, none across a reset. `end` is terminated, not truncated."""
-    columns, episode, first = [], first_episode, True
+    rows, episode, first = [], first_episode, True
     for _ in range(num_steps):
-        s, a = envs.s, act(envs.s, rng)  # (1, S), (1, A)
+        s = envs.s  # (1, S)
+        a = act(s, rng)  # (1, A)
         s2, r, terminated, truncated = envs.step(a)
-        columns.append((s, a, s2, r, terminated.float(), torch.tensor([episode]), torch.tensor([first])))
+        row = {"s": s, "a": a, "s2": s2, "r": r, "end": terminated.float()}
+        rows.append(row | {"episode": torch.tensor([episode]), "first": torch.tensor([first])})
         first = bool(terminated | truncated)
-        episode += first
-    names = ("s", "a", "s2", "r", "end", "episode", "first")
-    return dict(zip(names, (torch.cat(x).to(envs.s.device) for x in zip(*columns, strict=True)), strict=True))
+        if first:
+            episode += 1
+    return {name: torch.cat([row[name] for row in rows]).to(envs.s.device) for name in rows[0]}
 
 
 def held_out_rows(episode: Tensor, share: float = 0.2) -> Tensor:
-    """Which rows (N,) are held out: an evenly spread `share` of the episodes, at least the last; of one, its end."""
+    """A mask (N,) of the rows to hold out: every fifth episode, or the last of fewer; of a single one, its last fifth.
+
+    An episode that was once held out is always held out.
+    """
     if (episode == episode[0]).all():
-        if (N := len(episode)) < 10:
+        N = len(episode)
+        if N < 10:
             sys.exit(f"the data hold {N} steps of one episode, too few: more --initial-steps or --total-timesteps")
         return torch.arange(N, device=episode.device) >= N - max(1, min(int(N * share), N // 2))
     held_out = ((episode + 1) * share).floor() > (episode * share).floor()
@@ -358,38 +366,39 @@ class EnsembleMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, F.silu(x, inplace=not torch.is_grad_enabled()) if i else x, weight)
+            if i > 0:
+                x = F.silu(x)
+            x = torch.baddbmm(bias, x, weight)  # x W + b, of each member
         return x
 
 
 class EnsembleModel(nn.Module):
-    """K networks (s, a) -> Δs, r, in units of their spread (Gaussian, or by squared error), and K for termination.
+    """K networks (s, a) -> (Δs, r), in units of their spread, and K networks s' -> termination.
 
-    The latter read s': where a step leads decides whether it ends the episode, and ends are rare.
+    With `gaussian`, the former predict a mean and a variance of each number; without, a mean by squared error.
+    The latter read s', because the state that a step leads to decides whether the episode ends.
     """
 
     def __init__(self, K: int, S: int, A: int, hidden: tuple[int, ...], gaussian: bool, bounds: Any) -> None:
         super().__init__()
         self.K, self.S, self.gaussian = K, S, gaussian
-        self.net = EnsembleMLP(K, [S + A, *hidden, (S + 1) * (1 + gaussian)])
+        outputs = 2 * (S + 1) if gaussian else S + 1
+        self.net = EnsembleMLP(K, [S + A, *hidden, outputs])
         self.end_net = EnsembleMLP(K, [S, *hidden, 1])
-        for name, size in (("x", S + A), ("y", S + 1)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("x_mean", torch.zeros(S + A))
+        self.register_buffer("x_std", torch.ones(S + A))
+        self.register_buffer("y_mean", torch.zeros(S + 1))
+        self.register_buffer("y_std", torch.ones(S + 1))
         self.bounds = bounds
-        self.register_buffer("low", bounds[0].clone())
-        self.register_buffer("high", bounds[1].clone())
 
     def standardize(self, data: dict[str, Tensor]) -> None:
         """Take the scales of states, changes and rewards from the data. One-hot actions stay as they are."""
         std = data["s"].std(0)
-        self.x_mean[: self.S], self.x_std[: self.S] = data["s"].mean(0), torch.where(std > 1e-6, std, 1.0)
-        far = 50 * self.x_std[: self.S]  # imagined states stay finite, in the space of states and in sight of the data
-        self.low = torch.maximum(self.bounds[0], self.x_mean[: self.S] - far)
-        self.high = torch.minimum(self.bounds[1], self.x_mean[: self.S] + far)
+        self.x_mean[: self.S] = data["s"].mean(0)
+        self.x_std[: self.S] = torch.where(std > 1e-6, std, 1.0)
         y = targets(data)
         self.y_mean.copy_(y.mean(0))
-        self.y_std.copy_(y.std(0).clamp_min(1e-6))  # a constant stays one, however far the model extrapolates
+        self.y_std.copy_(y.std(0).clamp_min(1e-6))  # tiny: a constant reward stays constant
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x = (s, a) (K, B, S + A) -> mean and log σ² (K, B, O) of (Δs, r) in units of their spread."""
@@ -397,7 +406,7 @@ class EnsembleModel(nn.Module):
         if not self.gaussian:
             return y, None
         mean, logvar = y.chunk(2, -1)
-        logvar = MAX_LOGVAR - F.softplus(MAX_LOGVAR - logvar)
+        logvar = MAX_LOGVAR - F.softplus(MAX_LOGVAR - logvar)  # soft bounds, above and below
         return mean, MIN_LOGVAR + F.softplus(logvar - MIN_LOGVAR)
 
     def end_logit(self, s2: Tensor) -> Tensor:
@@ -405,7 +414,7 @@ class EnsembleModel(nn.Module):
         return self.end_net((s2 - self.x_mean[: self.S]) / self.x_std[: self.S]).squeeze(-1)
 
     def loss(self, x: Tensor, y: Tensor, s2: Tensor, end: Tensor) -> Tensor:
-        """Losses (K,), means over the batch: of (Δs, r) per number, plus the cross-entropy of termination."""
+        """Loss of each member (K,): the mean over batch and numbers of (Δs, r), plus the cross-entropy of the end."""
         end_loss = F.binary_cross_entropy_with_logits(self.end_logit(s2), end, reduction="none").mean(1)
         mean, logvar = self(x)
         error = (mean - (y - self.y_mean) / self.y_std) ** 2
@@ -417,22 +426,27 @@ class EnsembleModel(nn.Module):
     def step(self, s: Tensor, a: Tensor, rng: torch.Generator, fixed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """s (B, S), a (B, A) -> s' (B, S), r (B,), probability of the end (B,), each row by a member drawn at random.
 
-        The batch is shuffled and split among the members, so each computes only its share. `fixed`: member k takes the
-        k-th part of the batch, at every step; a trajectory that stays in its row keeps its member.
+        The batch is shuffled and split into K shares, one for each member. `fixed`: without the shuffle, member k
+        always gets the k-th share, and an imagined episode, which stays in its row, keeps its member.
         """
-        order = torch.randperm(len(s), generator=rng, device=s.device)
-        rows = torch.arange(len(s) + -len(s) % self.K, device=s.device) % len(s)  # the last share is filled up
-        order = rows if fixed else order[rows]
-        x = torch.cat([s, a], 1)[order].unflatten(0, (self.K, -1))  # (K, B / K, S + A)
+        B = len(s)
+        order = torch.randperm(B, generator=rng, device=s.device)
+        if fixed:
+            order = torch.arange(B, device=s.device)
+        share = math.ceil(B / self.K)
+        filled = torch.arange(self.K * share, device=s.device) % B  # equal shares: some rows are computed twice
+        x = torch.cat([s, a], 1)[order[filled]].unflatten(0, (self.K, share))  # (K, share, S + A)
         y, logvar = self(x)
         if logvar is not None:
-            y += (logvar / 2).exp_() * torch.randn(y.shape, generator=rng, device=y.device)
+            y = y + (logvar / 2).exp() * torch.randn(y.shape, generator=rng, device=y.device)
         y = y * self.y_std + self.y_mean
-        s2 = (x[..., : self.S] + y[..., :-1]).clamp(self.low, self.high)  # s' = s + Δs
+        far = 50 * self.x_std[: self.S]  # keep imagined states inside the space of states, and near the data
+        low = torch.maximum(self.bounds[0], self.x_mean[: self.S] - far)
+        high = torch.minimum(self.bounds[1], self.x_mean[: self.S] + far)
+        s2 = (x[..., : self.S] + y[..., :-1]).clamp(low, high)  # s' = s + Δs
         end = self.end_logit(s2).sigmoid()
-        outcome = s.new_empty(len(s), self.S + 2)
-        outcome[order[: len(s)]] = torch.cat([s2, y[..., -1:], end[..., None]], -1).flatten(0, 1)[: len(s)]
-        return outcome[:, : self.S], outcome[:, -2], outcome[:, -1]
+        back = order.argsort()  # undoes the shuffle
+        return s2.flatten(0, 1)[back], y[..., -1].flatten()[back], end.flatten()[back]
 
 
 def targets(data: dict[str, Tensor]) -> Tensor:
@@ -445,33 +459,37 @@ def fit_networks(
 ) -> dict[str, float]:
     """Adam on the K losses until none falls any more on the held-out episodes; each member gets its best weights back.
 
-    Returns: the means over the members of training loss (last epoch) and of the best held-out loss, and the epochs.
+    Returns the training loss (last epoch) and the best held-out loss, means over the members, and the epochs.
     """
     columns = (torch.cat([data["s"], data["a"]], 1), targets(data), data["s2"], data["end"])
-    train, test = ([x[rows] for x in columns] for rows in (~held_out, held_out))
-    parameters, N = list(env_model.parameters()), len(train[0])
+    train = [x[~held_out] for x in columns]
+    test = [x[held_out].expand(env_model.K, *x[held_out].shape) for x in columns]
+    N = len(train[0])
+    batch_size = min(MODEL_BATCH, max(16, N // 8))  # of few data, eight batches an epoch
+    parameters = list(env_model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.model_learning_rate, fused=True)
-    weights = [p.detach().clone() for p in parameters]
-    best, since, epoch = torch.full((env_model.K,), math.inf, device=held_out.device), 0, 0
+    best_weights = [p.detach().clone() for p in parameters]
+    best = torch.full((env_model.K,), math.inf, device=held_out.device)
+    since, epoch = 0, 0  # `since`: epochs since some member got better
     while epoch < args.model_epochs and since < MODEL_PATIENCE:
         epoch += 1
-        order = torch.rand(env_model.K, N, generator=rng, device=held_out.device).argsort(1)  # each its own
+        order = torch.rand(env_model.K, N, generator=rng, device=held_out.device).argsort(1)  # an order for each member
         losses = []
-        for rows in order.split(min(MODEL_BATCH, max(16, N // 8)), 1):
+        for rows in order.split(batch_size, 1):
             batch_loss = env_model.loss(*(x[rows] for x in train))  # (K,)
             optimizer.zero_grad()
-            batch_loss.sum().backward()  # the sum: each member has its own gradient
+            batch_loss.sum().backward()  # of the sum: members share no weights, so each follows its own loss
             optimizer.step()
             losses.append(batch_loss.detach())
         with torch.no_grad():
-            now = env_model.loss(*(x.expand(env_model.K, *x.shape) for x in test))
+            now = env_model.loss(*test)
             better = now < best
             best = torch.where(better, now, best)
-            for kept, p in zip(weights, parameters, strict=True):
+            for kept, p in zip(best_weights, parameters, strict=True):
                 kept.copy_(torch.where(better[:, None, None], p, kept))
         since = 0 if better.any() else since + 1
     with torch.no_grad():
-        for kept, p in zip(weights, parameters, strict=True):
+        for kept, p in zip(best_weights, parameters, strict=True):
             p.copy_(kept)
     loss, validation_loss = torch.stack(losses).mean().item(), best.mean().item()
     return {"losses/model_loss": loss, "losses/validation_loss": validation_loss, "model/epochs": epoch}
@@ -480,29 +498,34 @@ def fit_networks(
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
+def tanh_network(sizes: list[int], std: float) -> nn.Sequential:
+    """Linear layers of these sizes with tanh between them; the last one's weights have gain `std`."""
+    *hidden, out = itertools.pairwise(sizes)
+    layers: list[nn.Module] = []
+    for n_in, n_out in hidden:
+        layers += [layer_init(nn.Linear(n_in, n_out)), nn.Tanh()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(*out), std))
+
+
 class RolloutActorCritic(nn.Module):
-    """Actor and critic, tanh networks of their own. Continuous actions: a Gaussian around the actor's output."""
+    """Two tanh networks, actor and critic. Continuous actions: a Gaussian around the actor's output."""
 
     def __init__(self, S: int, A: int, hidden: tuple[int, ...], discrete: bool) -> None:
         super().__init__()
-
-        def network(out: int, std: float) -> nn.Sequential:
-            layers: list[nn.Module] = []
-            for n_in, n_out in itertools.pairwise([S, *hidden]):
-                layers += [layer_init(nn.Linear(n_in, n_out)), nn.Tanh()]
-            return nn.Sequential(*layers, layer_init(nn.Linear([S, *hidden][-1], out), std))
-
-        self.actor, self.critic, self.discrete = network(A, 0.01), network(1, 1.0), discrete
-        self.log_std = nn.Parameter(torch.full((A,), -0.5 if not discrete else 0.0))
+        self.discrete = discrete
+        self.actor = tanh_network([S, *hidden, A], 0.01)
+        self.critic = tanh_network([S, *hidden, 1], 1.0)
+        self.log_std = nn.Parameter(torch.full((A,), -0.5))  # of continuous actions
         self.register_buffer("mean", torch.zeros(S))
         self.register_buffer("std", torch.ones(S))
 
     @torch.no_grad()
     def standardize(self, mean: Tensor, std: Tensor, keep: bool) -> None:
-        """Take the scales of states. `keep`: with first layers changed so that both functions stay what they were."""
-        for layer in (self.actor[0], self.critic[0]) if keep else ():
-            layer.bias += layer.weight @ ((mean - self.mean) / self.std)
-            layer.weight *= std / self.std
+        """Scale states by new m', σ'. `keep`: change the first layers, so that both functions stay as they were."""
+        if keep:
+            for layer in (self.actor[0], self.critic[0]):
+                layer.bias += layer.weight @ ((mean - self.mean) / self.std)  # b' = b + W (m' - m) / σ
+                layer.weight *= std / self.std  # W' = W σ' / σ
         self.mean.copy_(mean)
         self.std.copy_(std)
 
@@ -514,9 +537,9 @@ class RolloutActorCritic(nn.Module):
         return self.actor((s - self.mean) / self.std)
 
     def sample_action(self, out: Tensor, rng: torch.Generator | None) -> Tensor:
-        """Out of the policy's output (B, A), an action (B, A): one-hot, or before clipping. Without rng: greedy."""
+        """The policy's output (B, A) -> an action (B, A): one-hot, or a vector, not clipped. Without rng: greedy."""
         if self.discrete:
-            if rng is not None:  # argmax(logits + Gumbel noise)
+            if rng is not None:  # argmax(logits + Gumbel noise) has the probabilities softmax(logits)
                 out = out - torch.empty_like(out).exponential_(generator=rng).log_()
             return F.one_hot(out.argmax(-1), out.shape[-1]).float()
         if rng is not None:
@@ -539,17 +562,17 @@ class RolloutActorCritic(nn.Module):
 @torch.no_grad()
 def policy_rollout(envs: Any, agent: RolloutActorCritic, num_steps: int, rng: torch.Generator) -> dict[str, Tensor]:
     """T steps of the stochastic policy in B environments, real or imagined; (T, B, ...) each."""
-    columns: list[tuple[Tensor, ...]] = []
+    rows = []
     for _ in range(num_steps):
         s = envs.s
         out = agent.policy(s)
-        a = agent.sample_action(out, rng)
-        columns.append((s, out, a, *envs.step(a.clamp(-1, 1))))
-    names = ("s", "out", "a", "s2", "r", "terminated", "truncated")
-    batch = dict(zip(names, (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
+        a = agent.sample_action(out, rng)  # stored as drawn: log π(a | s) is that of the unclipped action
+        s2, r, terminated, truncated = envs.step(a.clamp(-1, 1))
+        rows.append({"s": s, "out": out, "a": a, "s2": s2, "r": r, "terminated": terminated, "truncated": truncated})
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     batch["log_prob"], _ = agent.log_prob(batch.pop("out"), batch["a"])
     batch["value"] = agent.value(batch["s"])
-    # V(s_{t+1}) of the true next states: of a truncated episode, its own last one
+    # V(s_{t+1}). Where an episode was truncated, the next row is a reset state: take its own last state s2
     batch["next_value"] = torch.cat([batch["value"][1:], agent.value(envs.s)[None]])
     t, b = batch["truncated"].nonzero(as_tuple=True)
     batch["next_value"][t, b] = agent.value(batch["s2"][t, b])
@@ -559,9 +582,9 @@ def policy_rollout(envs: Any, agent: RolloutActorCritic, num_steps: int, rng: to
 def clipped_losses(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, value: Tensor, old_value: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """PPO's losses, means over the batch: -min(ρ A, clip(ρ, 1 ± ε) A), ρ = π / π_old, and ½ (V - R)², R = A + V_old.
+    """PPO's losses, means over the batch: -min(ρ A, clip(ρ, 1 ± ε) A) with ρ = π / π_old, and ½ (V - R)².
 
-    The advantages in R are the raw ones, those of the policy loss standardised over the minibatch.
+    A is the advantage standardised over the minibatch. R = advantage + V_old takes it as it is.
     """
     ratio = (log_prob - old_log_prob).exp()
     A = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -583,21 +606,21 @@ def improve_policy(
     batch["advantage"] = generalized_advantages(
         scale * batch["r"], batch["value"], batch["next_value"], batch["terminated"], done, args.gamma, args.gae_lambda
     )
-    names = ("s", "a", "log_prob", "value", "advantage")
-    flat, total, count = [batch[name].flatten(0, 1) for name in names], torch.zeros(3, device=done.device), 0
+    flat = [batch[name].flatten(0, 1) for name in ("s", "a", "log_prob", "value", "advantage")]
+    total = torch.zeros(3, device=done.device)
     for _ in range(args.update_epochs):
         order = torch.randperm(done.numel(), generator=rng, device=done.device)
         for rows in order.tensor_split(args.num_minibatches):
             s, a, old_log_prob, old_value, advantage = (x[rows] for x in flat)
             log_prob, entropy = agent.log_prob(agent.policy(s), a)
-            losses = clipped_losses(log_prob, old_log_prob, advantage, agent.value(s), old_value, args)
+            policy_loss, value_loss = clipped_losses(log_prob, old_log_prob, advantage, agent.value(s), old_value, args)
+            loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()
             optimizer.zero_grad()
-            (losses[0] + args.vf_coef * losses[1] - args.ent_coef * entropy.mean()).backward()
+            loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            total += torch.stack([*losses, entropy.mean()]).detach()
-            count += 1
-    return total / count
+            total += torch.stack([policy_loss, value_loss, entropy.mean()]).detach()
+    return total / (args.update_epochs * args.num_minibatches)
 
 
 @torch.no_grad()
@@ -605,7 +628,8 @@ def imagined_returns(
     imagine: Any, agent: RolloutActorCritic, s: Tensor, horizon: int, rng: torch.Generator, greedy: bool
 ) -> Tensor:
     """Undiscounted returns (B,) of imagined episodes from s. A step counts by the probability that it is reached."""
-    total, alive = torch.zeros(len(s), device=s.device), torch.ones(len(s), device=s.device)
+    total = torch.zeros(len(s), device=s.device)
+    alive = torch.ones(len(s), device=s.device)  # the probability that the episode has not ended
     for _ in range(horizon):
         s, r, end = imagine(s, agent.act(s, None if greedy else rng), rng)
         total += alive * r
@@ -616,23 +640,25 @@ def imagined_returns(
 @torch.no_grad()
 def evaluate_in_reality(envs: RealEnvs, agent: RolloutActorCritic) -> tuple[np.ndarray, dict[str, Tensor]]:
     """A greedy episode in each environment: the returns (B,), and its steps (T, B, ...) with their mask `alive`."""
-    alive, columns = torch.ones(len(envs.s), dtype=torch.bool, device=envs.s.device), []
+    rows, alive = [], torch.ones(len(envs.s), dtype=torch.bool, device=envs.s.device)
     while alive.any():
-        s, a = envs.s, agent.act(envs.s, None)
+        s = envs.s
+        a = agent.act(s, None)
         s2, r, terminated, truncated = envs.step(a)
-        columns.append((s, a, s2, r, alive))
+        rows.append({"s": s, "a": a, "s2": s2, "r": r, "alive": alive})
         alive = alive & ~(terminated | truncated)
-    steps = dict(zip(("s", "a", "s2", "r", "alive"), (torch.stack(x) for x in zip(*columns, strict=True)), strict=True))
+    steps = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return (steps["r"] * steps["alive"]).sum(0).cpu().numpy(), steps
 
 
 @torch.no_grad()
 def open_loop_errors(env_model: Any, steps: dict[str, Tensor], rng: torch.Generator) -> dict[str, float]:
     """Errors of s_h, imagined from s_0 under the recorded actions: root mean square, in units of the data's spread."""
-    s, errors, horizons = steps["s"][0], {}, (1, 5, 10, 20, 50, 100, 200, 500)
+    s, errors = steps["s"][0], {}
     for h in range(1, min(500, len(steps["s"])) + 1):
         s, _, _ = env_model.step(s, steps["a"][h - 1], rng)
-        if h in horizons and (alive := steps["alive"][h - 1]).any():
+        alive = steps["alive"][h - 1]
+        if h in (1, 5, 10, 20, 50, 100, 200, 500) and alive.any():
             error = (s - steps["s2"][h - 1])[alive] / env_model.x_std[: env_model.S]
             errors[f"model/error_at_{h}"] = (error**2).mean().sqrt().item()
     return errors
@@ -655,13 +681,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv)
     if path := args.resume or args.evaluate:
         args = tyro.cli(Args, args=argv, default=saved_args(path))
-    counts = ("total_timesteps", "steps_per_iteration", "ensemble_size", "model_epochs", "horizon", "check_frequency")
-    counts += ("check_patience", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes")
+    counts = ("total_timesteps", "initial_steps", "steps_per_iteration", "ensemble_size", "model_epochs", "horizon")
+    counts += ("policy_updates", "check_frequency", "check_patience", "num_envs", "num_steps", "num_minibatches")
+    counts += ("update_epochs", "eval_episodes")
     for name in counts:
         if getattr(args, name) < 1:
             sys.exit(f"--{name.replace('_', '-')} must be at least 1")
     if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1 and 0 <= args.improvement_share <= 1):
         sys.exit("--gamma, --gae-lambda and --improvement-share must be from 0 to 1")
+    if args.gamma == 1 and args.model != "real" and not args.reward_scale:
+        sys.exit("--gamma 1 needs --reward-scale, whose default (1 - gamma) / mean |r| would be 0")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
         sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
     return args
@@ -683,9 +712,9 @@ def main(args: Args) -> list[dict[str, float]]:
     env_model = EnsembleModel(K, S, A, args.model_hidden, args.model == "ensemble", envs.bounds).to(device)
     parts = {"agent": agent, "env_model": env_model, "optimizer": optimizer}
     load_parts(parts, state, path)
-    alone = partial(env_model.step, fixed=True)  # each member by itself: in its own part of the batch
+    alone = partial(env_model.step, fixed=True)  # to judge members one by one: the k-th share of a batch is member k's
 
-    if args.evaluate:  # on other episodes than those that the run was stopped on
+    if args.evaluate:  # on other episodes than --stop-return judged
         test_envs = RealEnvs(args.env_id, args.eval_episodes, device, seed + 75_000, args.action_noise)
         returns, _ = evaluate_in_reality(test_envs, agent)
         half = 1.96 * returns.std() / math.sqrt(returns.size)
@@ -695,7 +724,7 @@ def main(args: Args) -> list[dict[str, float]]:
             evaluate_in_reality(RealEnvs(args.env_id, 1, device, seed + 75_000, args.action_noise, folder), agent)
         return [{"eval/return": float(returns.mean())}]
 
-    # ---- everything that the loop touches; a new run, or one that goes on
+    # ---- start a new run, or go on with that of the checkpoint
     data: dict[str, Tensor] = state.get("data", {})
     global_step, iteration, minutes = state.get("global_step", 0), state.get("iteration", 0), state.get("minutes", 0.0)
     if state:
@@ -708,9 +737,11 @@ def main(args: Args) -> list[dict[str, float]]:
     while global_step < args.total_timesteps and iteration < (args.iterations or math.inf):
         iteration += 1
         start, before, metrics = time.perf_counter(), global_step, {}
-        scale, training_envs = args.reward_scale or 1.0, envs
-        if not model_free:
-            # 1. Collect real steps D with the current policy, at first with a random one, from a reset on
+        if model_free:  # PPO on the real environments
+            training_envs = envs
+            scale = args.reward_scale or 1.0
+        else:
+            # 1. Collect real steps D with the current policy, at first a random one; episodes start anew
             num_steps = args.initial_steps if iteration == 1 else args.steps_per_iteration
             num_steps = min(num_steps, args.total_timesteps - global_step)
             envs = RealEnvs(args.env_id, 1, device, seed + iteration, args.action_noise)
@@ -730,26 +761,28 @@ def main(args: Args) -> list[dict[str, float]]:
             imagine = partial(env_model.step, fixed=args.sample_member == "trajectory")
             training_envs = ImaginedEnvs(imagine, starts, args.num_envs, args.horizon, rng)
             check_starts = starts[torch.randint(len(starts), (40 * K,), generator=rng, device=device)]
-            best_returns, failures, improved = torch.full((K,), -math.inf, device=device), 0, False
+            best_returns = torch.full((K,), -math.inf, device=device)
+            failures, improved = 0, False
             scale = args.reward_scale or (1 - args.gamma) / max(data["r"].abs().mean().item(), 1e-6)
 
         # 3. Improve the policy: J(θ) = E_τ[R(τ)] over imagined τ = s_0 →π a_0 →M s_1 → ...
         losses, best = [], {}
         for update in range(args.policy_updates + 1):
             if not model_free and (update % args.check_frequency == 0 or update == args.policy_updates):
-                # Stop when the imagined return has grown under fewer than 70 % of the members, and go back to the best
+                # Stop when too few members see the imagined return grow; then go back to the best actor
                 check_rng = torch.Generator(device).manual_seed(args.seed)  # the same luck at each check
                 returns = imagined_returns(alone, agent, check_starts, envs.max_steps, check_rng, greedy=False)
                 returns = returns.view(K, -1).mean(1)  # (K,)
                 if not returns.isfinite().all():
                     sys.exit(f"iteration {iteration} imagines numbers that are not finite: lower --model-learning-rate")
-                failures += 1
                 if (returns > best_returns).float().mean() >= args.improvement_share:
                     failures, improved, best_returns = 0, update > 0, returns
                     # not the critic: it goes on learning, whatever comes of the actor
                     best = {name: x.clone() for name, x in agent.state_dict().items() if "critic" not in name}
-                elif failures >= args.check_patience and improved:
-                    break
+                else:
+                    failures += 1
+                    if failures >= args.check_patience and improved:
+                        break
             if update == args.policy_updates or (model_free and global_step >= args.total_timesteps):
                 break
             if args.anneal_lr:
@@ -765,9 +798,8 @@ def main(args: Args) -> list[dict[str, float]]:
         test_envs = RealEnvs(args.env_id, args.eval_episodes, device, seed + 50_000, args.action_noise)
         returns, steps = evaluate_in_reality(test_envs, agent)
         metrics |= {"eval/return": float(returns.mean()), "charts/policy_updates": update, "charts/minutes": minutes}
-        if losses:
-            names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
-            metrics |= dict(zip(names, torch.stack(losses).mean(0).tolist(), strict=True))
+        names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
+        metrics |= dict(zip(names, torch.stack(losses).mean(0).tolist(), strict=True))
         if not model_free:
             firsts = data["s"][data["first"]]
             firsts = firsts[torch.randint(len(firsts), (20 * K,), generator=rng, device=device)]

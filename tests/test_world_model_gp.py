@@ -242,3 +242,18 @@ def test_a_resumed_run_is_the_whole_run_and_is_evaluated(tmp_path, capsys):
     assert [row | times for row in rest] == [row | times for row in whole]
     rows = main(parse_args(["--evaluate", str(path.with_name("agent.pt")), "--eval-episodes", "9"]))
     assert f"9 episodes: return {rows[0]['eval/return']:.4g} ± " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gamma 1", "--gamma must be from 0 to below 1"),  # rewards scaled by 1 - gamma: nothing to learn
+        ("--policy-updates 0", "--policy-updates must be at least 1"),
+        ("--update-epochs 0", "--update-epochs must be at least 1"),
+        ("--initial-steps 0", "--initial-steps must be at least 1"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(flags, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        parse_args(flags.split())
+    assert "\n" not in str(error.value)

@@ -688,6 +688,9 @@ def test_evaluation_of_a_file(tmp_path, capsys):
     [
         ("--horizon 0", "--horizon must be at least 1"),
         ("--gamma 1.1", "--gamma.* from 0 to 1"),
+        ("--gamma 1", "--gamma 1 needs --reward-scale"),  # the default scale would be 0: nothing to learn
+        ("--initial-steps 0", "--initial-steps must be at least 1"),
+        ("--policy-updates 0", "--policy-updates must be at least 1"),
         ("--num-envs 1 --num-steps 3 --num-minibatches 2", "--num-minibatches"),
         ("--evaluate none.pt", "can't read the checkpoint none.pt"),
     ],
@@ -696,6 +699,11 @@ def test_bad_flags_are_one_clear_line(flags, message):
     with pytest.raises(SystemExit, match=message) as error:
         parse_args(flags.split())
     assert "\n" not in str(error.value)
+
+
+def test_without_discount_when_rewards_are_not_scaled_by_it():
+    assert parse_args(["--gamma", "1", "--reward-scale", "0.1"]).gamma == 1
+    assert parse_args(["--gamma", "1", "--model", "real"]).gamma == 1
 
 
 def test_ctrl_c_is_one_line(monkeypatch):
