@@ -46,7 +46,8 @@ from sokoban_env import SokobanVectorEnv, generate_levels
 
 EVAL_SEED = 10**9  # of the held-out levels and episodes
 MOST_EVAL_STEPS = 10_000  # of an evaluation, for environments without a time limit
-BOARD_WIDTHS, VECTOR_WIDTHS = (32, 32, 256), (64, 64)  # of teachers: two convolutions and a dense layer, or dense ones
+BOARD_WIDTHS = (32, 32, 256)  # of a teacher on boards: two convolutions and a dense layer
+VECTOR_WIDTHS = (64, 64)  # of a teacher on vectors: two dense layers
 
 
 @dataclass
@@ -58,15 +59,14 @@ class Args:
     track: bool = False  # track the run in Weights and Biases
     wandb_project_name: str = "model-based-rl"  # the Weights and Biases project
     wandb_entity: str | None = None  # the Weights and Biases team
-    capture_video: bool = False  # write a GIF of an evaluation episode of each teacher and student into the run folder
     save_model: bool = True  # write agent.pt after each teacher and each student
 
     # Algorithm specific arguments
     env_ids: tuple[str, ...] = ("Sokoban-v0",)  # the tasks of a student
-    teacher_path: tuple[str, ...] = ()  # teachers: agent.pt files of this script, or of dyna_dqn.py (Q-values)
-    student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)  # students, by share of the teachers' parameters
-    loss: Literal["kl", "nll", "mse"] = "kl"  # all of the policy, its best action, or Q-values
-    kl_direction: Literal["forward", "reverse"] = "forward"  # teacher to student (Rusu et al.), or back
+    teacher_path: tuple[str, ...] = ()  # read teachers from agent.pt files of this script or of dyna_dqn.py (Q-values)
+    student_scale: tuple[float, ...] = (0.25, 0.07, 0.04)  # a student for each: its share of the teachers' parameters
+    loss: Literal["kl", "nll", "mse"] = "kl"  # copy the whole policy, its best action, or the Q-values
+    kl_direction: Literal["forward", "reverse"] = "forward"  # D_KL(teacher || student) (Rusu et al.), or the reverse
     temperature: float | None = None  # of the teacher only (None: .01 for Q-values, 1 for a policy)
     states: Literal["teacher", "student"] = "teacher"  # who visits the states
     correction: bool = False  # with the student's states: reward it for lower losses at later steps
@@ -284,29 +284,26 @@ class Task:
     """B copies of an environment with same-step autoreset: gymnasium's and Sokoban's under one interface."""
 
     def __init__(self, args: Args, env_id: str, num_envs: int, device: torch.device, evaluation: bool = False):
-        self.device, self.options, film = device, None, "rgb_array" if args.capture_video else None
+        self.device, self.options = device, None
         try:
             if env_id == "Sokoban-v0":
                 held_out = unseen_levels(args.eval_episodes, args.size, args.num_boxes)
-                self.options = {"levels": held_out} if evaluation else None
+                levels = held_out if evaluation else None
+                self.options = {"levels": levels} if evaluation else None  # the first episodes play one level each
                 self.envs: gym.vector.VectorEnv = SokobanVectorEnv(
                     num_envs, size=args.size, num_boxes=args.num_boxes, max_episode_steps=args.max_episode_steps,
-                    levels=held_out if evaluation else None, exclude=held_out, device=device, render_mode=film,
+                    levels=levels, exclude=held_out, device=device,
                 )  # fmt: skip
             else:
                 # An environment may write every observation into the same array: copy it before a reset does
                 copied = functools.partial(gym.wrappers.TransformObservation, func=np.array, observation_space=None)
-                kwargs = {"render_mode": film} if film else {}  # an environment need not know it
                 same_step = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-                self.envs = gym.make_vec(env_id, num_envs, "sync", same_step, [copied], **kwargs)
-            if film:
-                self.envs.reset()
-                self.envs.render()  # what is missing for it is said here
-        except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
+                self.envs = gym.make_vec(env_id, num_envs, "sync", same_step, [copied])
+        except (gym.error.Error, ValueError, ImportError) as e:
             sys.exit(f"can't make {env_id} of --env-ids: {e!r:.200}".splitlines()[0])
         actions, states = self.envs.single_action_space, self.envs.single_observation_space
-        boxes = isinstance(states, gym.spaces.Box) and len(states.shape) == (2 if env_id == "Sokoban-v0" else 1)
-        if not isinstance(actions, gym.spaces.Discrete) or not boxes:
+        fits = isinstance(states, gym.spaces.Box) and len(states.shape) == (2 if env_id == "Sokoban-v0" else 1)
+        if not isinstance(actions, gym.spaces.Discrete) or not fits:
             sys.exit(f"{env_id} has actions {actions} and states {states}, not Discrete and vectors: try CartPole-v1")
         self.num_actions, self.first_action, self.shape = int(actions.n), int(actions.start), states.shape
 
@@ -328,20 +325,16 @@ class Task:
 
 
 @torch.no_grad()
-def play_episodes(
-    args: Args, env_id: str, policy: Any, greedy: bool, device: torch.device, film: pathlib.Path
-) -> dict[str, float]:
-    """One episode in each of `--eval-episodes` copies: return and its standard error, share terminated (solved).
+def play_episodes(args: Args, env_id: str, policy: Any, greedy: bool, device: torch.device) -> dict[str, float]:
+    """One episode in each of `--eval-episodes` copies: mean return, its standard error, share terminated (solved).
 
-    `policy` maps observations to outputs (B, A), None is random play. Policies are sampled, Q-values acted on greedily.
+    `policy` maps observations to outputs (B, A); None: random play. Policies are sampled, Q-values acted on greedily.
     """
     task = Task(args, env_id, args.eval_episodes, device, evaluation=True)
-    x, rng, pictures = task.reset(EVAL_SEED), torch.Generator(device).manual_seed(EVAL_SEED), []
+    x, rng = task.reset(EVAL_SEED), torch.Generator(device).manual_seed(EVAL_SEED)
     playing = torch.ones(args.eval_episodes, dtype=torch.bool, device=device)
     returns, ended = torch.zeros(args.eval_episodes, device=device), torch.zeros_like(playing)
     for _ in range(MOST_EVAL_STEPS):
-        if args.capture_video and playing[0]:
-            pictures.append(task.envs.render()[0])
         out = policy(x) if policy else torch.zeros(len(x), task.num_actions, device=device)
         action = out.argmax(-1) if policy and greedy else sample(out, rng)
         x, reward, terminated, truncated, _ = task.step(action)
@@ -353,12 +346,6 @@ def play_episodes(
     else:
         print(f"{env_id}: {playing.sum()} episodes cut after {MOST_EVAL_STEPS:,} steps; give it max_episode_steps")
     task.envs.close()
-    if args.capture_video:
-        from PIL import Image  # comes with matplotlib
-
-        first, *rest = [Image.fromarray(picture) for picture in pictures]
-        with replacing(film) as temporary:
-            first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=100, loop=0)
     error = returns.std(correction=min(1, len(returns) - 1)) / len(returns) ** 0.5
     return {"return": returns.mean().item(), "error": error.item(), "terminated": ended.float().mean().item()}
 
@@ -366,22 +353,22 @@ def play_episodes(
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
-class PolicyNet(nn.Module):
-    """A trunk and, for each task i, a head of A_i outputs (logits or Q-values) and a critic's head.
+def on_one_board(shapes: list[tuple[int, ...]]) -> bool:
+    return len(shapes) == 1 and len(shapes[0]) == 2  # a single task, of boards: the trunk is convolutional
 
-    One task of boards (H, W) has a trunk of two 3x3 convolutions and a dense layer, of the widths (c1, c2, dense).
-    Else the observations, flat and zero-padded to one width, go into dense layers of `widths`.
+
+class PolicyNet(nn.Module):
+    """One trunk; for each task a head of outputs (logits or Q-values) and a critic.
+
+    A single task of boards (H, W) has a trunk of two 3x3 convolutions and a dense layer: `widths` (c1, c2, dense).
+    Else the trunk is dense layers of `widths`, on flat observations with zeros up to the longest task's.
     """
 
     def __init__(self, shapes: list[tuple[int, ...]], actions: list[int], widths: tuple[int, ...], view: str):
         super().__init__()
         self.made_with = {"shapes": shapes, "actions": actions, "widths": widths, "view": view}
-        self.conv, self.view = len(shapes) == 1 and len(shapes[0]) == 2, view
-        inputs = []
-        for shape in shapes:
-            if len(shape) == 2:  # planes; player_view leaves out a row or a column where there is an even number
-                shape = (4, *((side - 1) // 2 * 2 + 1 if view == "player" else side for side in shape))
-            inputs.append(shape)
+        self.conv, self.view = on_one_board(shapes), view
+        inputs = [self.planes(torch.zeros(1, *shape)).shape[1:] for shape in shapes]
         self.width = max(math.prod(shape) for shape in inputs)
         if self.conv:
             (planes, height, width), (c1, c2, dense) = inputs[0], widths
@@ -397,13 +384,19 @@ class PolicyNet(nn.Module):
             self.trunk = nn.Sequential(*layers)
         self.heads = nn.ModuleList(layer_init(nn.Linear(widths[-1], n), 0.01) for n in actions)
         self.critics = nn.ModuleList(layer_init(nn.Linear(widths[-1], 1), 1.0) for _ in actions)
-        self.register_buffer("mean", torch.zeros(len(shapes), self.width))  # units of flat observations
+        # a DQN standardises its inputs by these; other networks leave them at 0 and 1
+        self.register_buffer("mean", torch.zeros(len(shapes), self.width))
         self.register_buffer("std", torch.ones(len(shapes), self.width))
+
+    def planes(self, x: Tensor) -> Tensor:
+        """Boards (B, H, W) to planes (B, 4, V, V'); vectors (B, S) stay as they are."""
+        if x.ndim == 3:
+            return cell_planes(player_view(x) if self.view == "player" else x)
+        return x
 
     def features(self, x: Tensor, task: int = 0) -> Tensor:
         """Observations (B, S) or (B, H, W) to what the heads read (B, last width)."""
-        if x.ndim == 3:
-            x = cell_planes(player_view(x) if self.view == "player" else x)  # (B, 4, H, W)
+        x = self.planes(x)
         if not self.conv:
             x = x.float().flatten(1)
             x = (F.pad(x, (0, self.width - x.shape[1])) - self.mean[task]) / self.std[task]
@@ -413,11 +406,11 @@ class PolicyNet(nn.Module):
         """Outputs (B, A)."""
         return self.heads[task](self.features(x, task))
 
-    def with_value(self, x: Tensor, task: int = 0, apart: bool = False) -> tuple[Tensor, Tensor]:
-        """Outputs (B, A), values (B,); `apart`: the critic's gradient stops at its head."""
+    def with_value(self, x: Tensor, task: int = 0, detach_critic: bool = False) -> tuple[Tensor, Tensor]:
+        """Outputs (B, A), values (B,). With `detach_critic` the critic's gradient doesn't reach the trunk."""
         features = self.features(x, task)
-        read = features.detach() if apart else features
-        return self.heads[task](features), self.critics[task](read).squeeze(-1)
+        critic_input = features.detach() if detach_critic else features
+        return self.heads[task](features), self.critics[task](critic_input).squeeze(-1)
 
 
 def acting_parameters(net: PolicyNet) -> int:
@@ -428,21 +421,24 @@ def acting_parameters(net: PolicyNet) -> int:
 def student_widths(shapes: list[tuple[int, ...]], actions: list[int], most: int, view: str) -> tuple[int, ...]:
     """The widths of the largest student with at most `most` parameters.
 
-    Vectors: the teacher's times f. Boards: f for the convolutions, f² for the dense layer, which holds nearly all
-    parameters (in Rusu et al.'s students too, the convolutions shrink less).
+    Vectors: the teacher's widths times f. Boards: the convolutions' times f, the dense layer's times f², since that
+    layer holds nearly all parameters (in Rusu et al.'s students too, the convolutions shrink less).
     """
     candidates = []
     for f in np.geomspace(0.01, 64, 2000):  # each 0.4 % above the last
-        base, factors = VECTOR_WIDTHS, (f, f)
-        if len(shapes) == 1 and len(shapes[0]) == 2:
-            base, factors = BOARD_WIDTHS, (f, f, f**2)
-        candidates.append(tuple(max(1, round(factor * width)) for factor, width in zip(factors, base, strict=True)))
-    with torch.device("meta"):
-        count = lambda widths: acting_parameters(PolicyNet(shapes, actions, widths, view))  # noqa: E731
-        best = bisect.bisect_right(candidates, most, key=count) - 1
-    if best < 0:
+        scaled = [(f, width) for width in VECTOR_WIDTHS]
+        if on_one_board(shapes):
+            scaled = list(zip((f, f, f**2), BOARD_WIDTHS, strict=True))
+        candidates.append(tuple(max(1, round(factor * width)) for factor, width in scaled))
+
+    def parameters(widths: tuple[int, ...]) -> int:
+        with torch.device("meta"):  # shapes only: no memory, no numbers
+            return acting_parameters(PolicyNet(shapes, actions, widths, view))
+
+    fitting = bisect.bisect_right(candidates, most, key=parameters)  # so many candidates, from the smallest on
+    if fitting == 0:
         sys.exit(f"even a student with one unit a layer has over {most} parameters: raise --student-scale")
-    return candidates[best]
+    return candidates[fitting - 1]
 
 
 def saved_net(net: PolicyNet) -> dict[str, Any]:
@@ -471,10 +467,10 @@ def read_teachers(path: str, args: Args, device: torch.device) -> dict[str, dict
 
 
 def q_network(hidden: tuple[int, ...], weights: dict[str, Tensor]) -> dict[str, Any]:
-    """dyna_dqn.py's first Q-network of several side by side, as a PolicyNet: its weights are (in, out), boards flat."""
+    """The first of dyna_dqn.py's Q-networks as a saved PolicyNet: there weights are (in, out), boards flat."""
     net = {"mean": weights["q_net.mean"][0], "std": weights["q_net.std"][0]}  # (1, S)
-    for i in range(len(hidden) + 1):
-        layer = f"trunk.{2 * i}" if i < len(hidden) else "heads.0"
+    layers = [f"trunk.{2 * i}" for i in range(len(hidden))] + ["heads.0"]  # every second layer of a trunk is a ReLU
+    for i, layer in enumerate(layers):
         net[f"{layer}.weight"] = weights[f"q_net.weights.{i}"][0].T
         net[f"{layer}.bias"] = weights[f"q_net.biases.{i}"][0, 0]
     shapes, actions = [tuple(net["mean"].shape[1:])], [len(net["heads.0.bias"])]
@@ -498,19 +494,22 @@ class Rollout(NamedTuple):
 
 
 def act(
-    net: PolicyNet, i: int, task: Task, x: Tensor, num_steps: int, rng: torch.Generator, apart: bool = False
+    net: PolicyNet, i: int, task: Task, x: Tensor, num_steps: int, rng: torch.Generator, detach_critic: bool = False
 ) -> tuple[Rollout, Tensor]:
-    """Act from x (B, ...), a_t ~ π(s_t), with the graph of the outputs; returns what came, and the next x."""
+    """`num_steps` of actions a_t ~ π(s_t) in task i, from x (B, ...) on: the rollout, and the next x.
+
+    Logits and values keep their graph: a loss of the rollout has a gradient without a second forward pass.
+    """
     steps = []
     for _ in range(num_steps):
-        logits, value = net.with_value(x, i, apart)
+        logits, value = net.with_value(x, i, detach_critic)
         action = sample(logits.detach(), rng)
         next_x, reward, terminated, truncated, true_next = task.step(action)
         steps.append((x, logits, value, action, reward, terminated, truncated, true_next))
         x = next_x
     columns = zip(*steps, strict=True)
     observations, logits, values, actions, rewards, terminated, truncated, true_next = map(torch.stack, columns)
-    with torch.no_grad():  # V(s_{t+1}) is known where an episode goes on, and of no use where it terminated
+    with torch.no_grad():  # where an episode goes on, the next step has computed V(s_{t+1}); terminated: not used
         next_values = torch.cat([values[1:], net.with_value(x, i)[1][None]])
         if truncated.any():
             next_values[truncated] = net.with_value(true_next[truncated], i)[1]
@@ -521,18 +520,22 @@ def train_teacher(net: PolicyNet, task: Task, args: Args, rng: torch.Generator, 
     """Advantage actor-critic with n-step returns; `net` learns in place."""
     x = task.reset(1000 * args.seed)
     optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, eps=1e-5)
-    B, frames = args.num_envs, args.num_envs * args.num_steps
-    iterations, start, last = math.ceil(args.teacher_timesteps / frames), time.time(), 0
-    running = torch.zeros(B, device=task.device)  # returns of the episodes under way
-    episodes, losses = torch.zeros(2, device=task.device), torch.zeros(3, device=task.device)  # since the last row
+    frames = args.num_envs * args.num_steps  # of an iteration
+    iterations = math.ceil(args.teacher_timesteps / frames)
+    rows = {math.ceil(iterations * k / 20) for k in range(1, 21)}  # the iterations after which a row is logged
+    start, last_row = time.time(), 0
+    running = torch.zeros(args.num_envs, device=task.device)  # returns of the episodes under way
+    episodes = torch.zeros(2, device=task.device)  # since the last row: the sum of their returns, their number
+    losses = torch.zeros(3, device=task.device)  # sums since the last row
     for iteration in tqdm(range(1, iterations + 1), desc="teacher", disable=not sys.stderr.isatty()):
         rollout, x = act(net, 0, task, x, args.num_steps, rng)
         advantages = generalized_advantages(
             args.reward_scale * rollout.rewards, rollout.values.detach(), rollout.next_values, rollout.terminated,
             rollout.done, args.gamma, 1.0,
         )  # fmt: skip
-        logits, values = rollout.logits, rollout.values
-        policy_loss, value_loss, entropy = actor_critic_losses(logits, values, rollout.actions, advantages)
+        policy_loss, value_loss, entropy = actor_critic_losses(
+            rollout.logits, rollout.values, rollout.actions, advantages
+        )
         optimizer.zero_grad(set_to_none=True)
         (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).backward()
         nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
@@ -543,14 +546,14 @@ def train_teacher(net: PolicyNet, task: Task, args: Args, rng: torch.Generator, 
             running += reward
             episodes += torch.stack([(running * done).sum(), done.sum()])
             running *= ~done
-        if 20 * iteration // iterations > 20 * (iteration - 1) // iterations:
+        if iteration in rows:
             names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
-            metrics = dict(zip(names, (losses / (iteration - last)).tolist(), strict=True))
+            metrics = dict(zip(names, (losses / (iteration - last_row)).tolist(), strict=True))
             metrics["charts/SPS"] = iteration * frames / (time.time() - start)
             if episodes[1]:
                 metrics["charts/episodic_return"] = (episodes[0] / episodes[1]).item()
             logger.log(iteration * frames, metrics)
-            last = iteration
+            last_row = iteration
             episodes.zero_()
             losses.zero_()
 
@@ -562,7 +565,7 @@ def train_teacher(net: PolicyNet, task: Task, args: Args, rng: torch.Generator, 
 def fill_buffer(
     task: Task, teacher: Any, num: int, epsilon: float, greedy: bool, seed: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """About `num` states (N, ...) where the teacher goes, acting at random with probability ε; its outputs (N, A)."""
+    """At least `num` states (N, ...) that the teacher visits, and its outputs there (N, A). ε: the random actions."""
     x, states, outputs = task.reset(seed), [], []
     for _ in range(math.ceil(num / len(x))):
         out = teacher(x)
@@ -592,11 +595,11 @@ def distillation_losses(student: Tensor, teacher: Tensor, loss: str, direction: 
 
 
 def corrected_loss(losses: Tensor, rollout: Rollout, gamma: float) -> tuple[Tensor, Tensor]:
-    """Czarnecki et al.'s theorem 2: the loss whose gradient is that of E_π̂[Σ_t ℓ(s_t)], and the value loss.
+    """The loss whose gradient is ∇ E_π̂[Σ_t ℓ(s_t)] (Czarnecki et al., theorem 2), and the critic's loss.
 
-    The states depend on the student too: ∇ E_π̂[Σ_t ℓ_t] = E_π̂[Σ_t ∇ℓ_t - ∇log π̂(a_t|s_t) R̂_t], R̂_t = Σ_{i>=t} r̂_i with
-    r̂_i = -ℓ_{i+1}, for any ℓ. Here the reward of step t is -ℓ_t, which adds to R̂_t what a_t doesn't change: no bias,
-    and the critic learns the same sum, V(s_t) = -Σ_{i>=t} γ^{i-t} ℓ_i.
+    Which states come depends on the student, too: ∇ E_π̂[Σ_t ℓ_t] = E_π̂[Σ_t ∇ℓ_t - ∇log π̂(a_t|s_t) R̂_t], with
+    R̂_t = -Σ_{i>t} ℓ_i. So the second term is a policy gradient, of the reward -ℓ. Here R̂_t = -Σ_{i>=t} γ^{i-t} ℓ_i:
+    ℓ_t doesn't depend on a_t, so it adds no bias, and the critic V(s_t) learns the same sum.
     """
     advantages = generalized_advantages(
         -losses.detach(), rollout.values.detach(), rollout.next_values, rollout.terminated, rollout.done, gamma, 1.0
@@ -608,25 +611,76 @@ def corrected_loss(losses: Tensor, rollout: Rollout, gamma: float) -> tuple[Tens
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def play_all(args: Args, state: dict[str, Any], folder: pathlib.Path, device: torch.device) -> list[dict[str, float]]:
-    """Play every teacher and student of a run; a row for each student and task. The score: 0 random play, 1 teacher."""
+def train_student(
+    student: PolicyNet, scale: float, tasks: list[Task], teachers: list[PolicyNet], temperatures: list[float],
+    buffers: list[tuple[Tensor, Tensor]], args: Args, rng: torch.Generator, logger: Logger,
+) -> None:  # fmt: skip
+    """Each update lowers the mean of all tasks' losses; `student` learns in place."""
+    optimizer = torch.optim.Adam(student.parameters(), args.distill_learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / args.distill_steps)
+    policy_parameters = [*student.trunk.parameters(), *student.heads.parameters()]
+    observations = [task.reset(1000 * args.seed + 700) for task in tasks]
+    sums, last_row, start = torch.zeros(2, device=rng.device), 0, time.time()
+    for update in tqdm(range(1, args.distill_steps + 1), desc="student", disable=not sys.stderr.isatty()):
+        loss = torch.zeros(2, device=rng.device)  # the student's and its critic's: means over the tasks
+        for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
+            if args.states == "teacher":
+                states, outputs = buffers[i]
+                index = torch.randint(len(states), (args.batch_size,), generator=rng, device=rng.device)
+                logits, target = student(states[index], i), outputs[index]  # (B, A)
+            else:  # the student acts, and learns where it goes; the critic doesn't shape its trunk
+                rollout, observations[i] = act(
+                    student, i, task, observations[i], args.num_steps, rng, detach_critic=True
+                )
+                logits = rollout.logits  # (T, B, A)
+                with torch.no_grad():
+                    target = teacher(rollout.observations.flatten(0, 1)).view_as(logits)
+            losses = distillation_losses(logits, target, args.loss, args.kl_direction, temperatures[i])
+            distill_loss, value_loss = losses.mean(), torch.zeros_like(loss[1])
+            if args.correction:
+                distill_loss, value_loss = corrected_loss(losses, rollout, args.gamma)
+            loss = loss + torch.stack([distill_loss, value_loss]) / len(tasks)
+        optimizer.zero_grad(set_to_none=True)
+        (loss[0] + args.vf_coef * loss[1]).backward()
+        if args.states == "student":  # clip the two apart, so that a large gradient of the critic's doesn't shrink π̂'s
+            nn.utils.clip_grad_norm_(policy_parameters, args.max_grad_norm)
+            nn.utils.clip_grad_norm_(student.critics.parameters(), args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+
+        sums += loss.detach()
+        if update % args.log_frequency == 0 or update == args.distill_steps:
+            distill_loss, value_loss = (sums / (update - last_row)).tolist()
+            metrics = {"charts/student_scale": scale, "losses/distillation": distill_loss}
+            if args.correction:
+                metrics["losses/student_value"] = value_loss
+            metrics["charts/updates_per_second"] = update / (time.time() - start)
+            logger.log(update, metrics)
+            last_row = update
+            sums.zero_()
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def play_all(args: Args, state: dict[str, Any], device: torch.device) -> list[dict[str, float]]:
+    """Play at random, and every teacher and student. A row for each student and task; score: 0 random, 1 teacher."""
     rows = []
     teachers = [make_net(state["teachers"][env_id], device) for env_id in args.env_ids]
     total = sum(map(acting_parameters, teachers))
     for i, env_id in enumerate(args.env_ids):
         greedy = state["teachers"][env_id]["kind"] == "dqn"
-        play = functools.partial(play_episodes, args, env_id, greedy=greedy, device=device)
-        policies = {"random": None, "teacher": teachers[i]}
-        played = {who: play(policy, film=folder / f"{env_id}_{who}.gif") for who, policy in policies.items()}
+        played = {"random": play_episodes(args, env_id, None, greedy, device)}
+        played["teacher"] = play_episodes(args, env_id, teachers[i], greedy, device)
         for scale, saved in state["students"].items():
             student = make_net(saved, device)
-            film = folder / f"{env_id}_student_{scale}.gif"
-            played["student"] = play(functools.partial(student, task=i), film=film)
+            played["student"] = play_episodes(args, env_id, functools.partial(student, task=i), greedy, device)
             low, high, own = (played[who]["return"] for who in ("random", "teacher", "student"))
             row = {"charts/task": i, "charts/student_scale": float(scale), "charts/teacher_parameters": total}
             row["charts/student_parameters"] = acting_parameters(student)
             row["eval/score"] = (own - low) / (high - low) if high != low else math.nan
-            row |= {f"eval/{who}_{k}": value for who, result in played.items() for k, value in result.items()}
+            for who, result in played.items():
+                row |= {f"eval/{who}_{name}": value for name, value in result.items()}
             rows.append(row)
             print(
                 f"{env_id}, student of {scale}: random {low:.4g}, teacher {high:.4g}, student {own:.4g} ± "
@@ -639,15 +693,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """The command line, over the flags of the file to evaluate; refuses what would go wrong without a word."""
     args = tyro.cli(Args, args=argv)
     if args.evaluate:
-        args = tyro.cli(Args, args=argv, default=saved_args(args.evaluate))
+        saved = saved_args(args.evaluate)
+        args = tyro.cli(Args, args=argv, default=saved)
+        if args.env_ids != saved.env_ids:  # a student's heads are in the order of its tasks
+            sys.exit(f"--evaluate plays the tasks of the file, {' '.join(saved.env_ids)}: leave out --env-ids")
     if not args.env_ids or len(set(args.env_ids)) < len(args.env_ids):
         sys.exit(f"--env-ids {' '.join(args.env_ids)}: give one or more, each once")
     if args.temperature is not None and args.temperature <= 0:
         sys.exit(f"--temperature {args.temperature}: must be above 0")
     if args.correction and args.states != "student":
         sys.exit("--correction needs --states student: it is about the states that the student comes to")
-    if min(args.num_envs, args.num_steps, args.buffer_size, args.distill_steps, args.batch_size) < 1:
-        sys.exit("--num-envs, --num-steps, --buffer-size, --distill-steps and --batch-size must be 1 or more")
     return args
 
 
@@ -661,41 +716,43 @@ def main(args: Args) -> list[dict[str, float]]:
     """Train or load the teachers, distil the students, evaluate; returns a row for each student and task."""
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    env_ids, files, known = args.env_ids, (args.evaluate,) if args.evaluate else args.teacher_path, {}
-    for path in files:
-        known |= read_teachers(path, args, device)
-    if files and (missing := [env_id for env_id in env_ids if env_id not in known]):
+    known: dict[str, dict[str, Any]] = {}  # teachers that needn't be trained, by task
+    files = (args.evaluate,) if args.evaluate else args.teacher_path
+    for file in files:
+        known |= read_teachers(file, args, device)
+    missing = [env_id for env_id in args.env_ids if env_id not in known]
+    if files and missing:
         sys.exit(f"{' '.join(files)}: no teacher for {', '.join(missing)} there")
     if args.evaluate:
-        return play_all(args, load_checkpoint(args.evaluate, device), pathlib.Path(args.evaluate).parent, device)
-    greedy = [env_id in known and known[env_id]["kind"] == "dqn" for env_id in env_ids]
+        return play_all(args, load_checkpoint(args.evaluate, device), device)
+    greedy = [env_id in known and known[env_id]["kind"] == "dqn" for env_id in args.env_ids]  # Q-values, not a policy
     if args.loss == "mse" and not all(greedy):
         sys.exit("--loss mse compares Q-values: give --teacher-path a file of dyna_dqn.py for each task")
     temperatures = [args.temperature or (0.01 if q_values else 1.0) for q_values in greedy]
-    tasks = [Task(args, env_id, args.num_envs, device) for env_id in env_ids]
+    tasks = [Task(args, env_id, args.num_envs, device) for env_id in args.env_ids]
     shapes, actions = [task.shape for task in tasks], [task.num_actions for task in tasks]
-    logger = Logger(args, new_run(f"{'+'.join(env_ids)}__{args.exp_name}__{args.seed}"))
+    logger = Logger(args, new_run(f"{'+'.join(args.env_ids)}__{args.exp_name}__{args.seed}"))
     path = logger.path.with_name("agent.pt")
     state: dict[str, Any] = {"args": asdict(args), "teachers": {}, "students": {}}
 
     # ---- 1. The teachers, one a task
     teachers = []
-    for i, (env_id, task) in enumerate(zip(env_ids, tasks, strict=True)):
+    for i, (env_id, task) in enumerate(zip(args.env_ids, tasks, strict=True)):
         rng = stage_rng(args, i, device)
         if env_id not in known:
-            widths = BOARD_WIDTHS if len(task.shape) == 2 else VECTOR_WIDTHS
+            widths = BOARD_WIDTHS if on_one_board([task.shape]) else VECTOR_WIDTHS
             teacher = PolicyNet([task.shape], [task.num_actions], widths, args.view).to(device)
             train_teacher(teacher, task, args, rng, logger)
-            known[env_id] = {"kind": "actor-critic"} | saved_net(teacher)
+            known[env_id] = {"kind": "actor-critic", **saved_net(teacher)}
         state["teachers"][env_id] = known[env_id]
         teachers.append(make_net(known[env_id], device))
         if args.save_model:
             save_checkpoint(path, state)
 
-    # ---- 2. A buffer for each task: what its teacher says where it goes
+    # ---- 2. A buffer for each task: where its teacher goes, and what it says there
     buffers = []
-    for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
-        if args.states == "teacher":
+    if args.states == "teacher":
+        for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
             rng, seed = stage_rng(args, 100 + i, device), 1000 * args.seed + 600
             buffers.append(fill_buffer(task, teacher, args.buffer_size, args.epsilon, greedy[i], seed, rng))
 
@@ -706,58 +763,19 @@ def main(args: Args) -> list[dict[str, float]]:
         widths = student_widths(shapes, actions, int(scale * total), args.view)
         student = PolicyNet(shapes, actions, widths, args.view).to(device)
         for i, teacher in enumerate(teachers):
-            if len(shapes[i]) == 1:  # the student reads vectors in its teacher's units
+            if len(shapes[i]) == 1:  # the student standardises vectors as its teacher does
                 student.mean[i, : teacher.width], student.std[i, : teacher.width] = teacher.mean[0], teacher.std[0]
         size = acting_parameters(student)
         print(f"student {scale:g}: {size:,} of the teachers' {total:,} parameters, widths {widths}", flush=True)
-        optimizer = torch.optim.Adam(student.parameters(), args.distill_learning_rate, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / args.distill_steps)
-        observations = [task.reset(1000 * args.seed + 700) for task in tasks]
-        sums, last, start = torch.zeros(2, device=device), 0, time.time()
-        for update in tqdm(range(1, args.distill_steps + 1), desc="student", disable=not sys.stderr.isatty()):
-            loss = torch.zeros(2, device=device)  # of distillation, and of the student's critic: means over the tasks
-            for i, (task, teacher) in enumerate(zip(tasks, teachers, strict=True)):
-                if args.states == "teacher":
-                    index = torch.randint(len(buffers[i][0]), (args.batch_size,), generator=rng, device=device)
-                    x, target = (column[index] for column in buffers[i])
-                    logits = student(x, i)  # (B, A)
-                else:  # the student acts, and learns where it comes to; its trunk is the policy's alone
-                    rollout, observations[i] = act(student, i, task, observations[i], args.num_steps, rng, apart=True)
-                    logits = rollout.logits  # (T, B, A)
-                    with torch.no_grad():
-                        target = teacher(rollout.observations.flatten(0, 1)).view_as(logits)
-                losses = distillation_losses(logits, target, args.loss, args.kl_direction, temperatures[i])
-                distill_loss, value_loss = losses.mean(), torch.zeros_like(loss[0])
-                if args.correction:
-                    distill_loss, value_loss = corrected_loss(losses, rollout, args.gamma)
-                loss = loss + torch.stack([distill_loss, value_loss]) / len(tasks)
-            optimizer.zero_grad(set_to_none=True)
-            (loss[0] + args.vf_coef * loss[1]).backward()
-            if args.states == "student":
-                nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            sums += loss.detach()
-            if update % args.log_frequency == 0 or update == args.distill_steps:
-                distill_loss, value_loss = (sums / (update - last)).tolist()
-                if not math.isfinite(distill_loss):
-                    sys.exit(f"the student's loss is {distill_loss} at update {update}: lower --distill-learning-rate")
-                metrics = {"charts/student_scale": scale, "losses/distillation": distill_loss}
-                metrics |= {"losses/student_value": value_loss} if args.correction else {}
-                metrics["charts/updates_per_second"] = update / (time.time() - start)
-                logger.log(update, metrics)
-                last = update
-                sums.zero_()
+        train_student(student, scale, tasks, teachers, temperatures, buffers, args, rng, logger)
         state["students"][f"{scale:g}"] = saved_net(student)
         if args.save_model:
             save_checkpoint(path, state)
 
     # ---- 4. Evaluate
-    rows = play_all(args, state, path.parent, device)
+    rows = play_all(args, state, device)
     for row in rows:
         logger.log(args.distill_steps, row)
-    if args.save_model:
-        print(f"to see them play: python distillation.py --evaluate {path} --capture-video")
     logger.close()
     return rows
 
