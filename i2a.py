@@ -910,7 +910,7 @@ def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.
             solved[-1] |= playing & terminated
             playing &= ~(terminated | truncated)
     which, steps = torch.cat(solved), torch.cat(lengths)
-    metrics = {"eval/solved": which.float().mean().item()}
+    metrics = {"eval/solved": which.double().mean().item()}
     if which.any():
         metrics["eval/mean_steps"] = steps[which].mean().item()
     if which.any() and args.agent == "i2a":
