@@ -10,17 +10,20 @@ three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 # 1. Rooms with two boxes: frames and seconds to 50, 80 and 90 %
 $run --study i2a_7x7 --variants "${three[@]}"
 $run --study i2a_8x8 --variants "${three[@]}" --flags="--size 8"
-for study in i2a_7x7 i2a_8x8; do
-  python benchmark/curves.py --study $study --thresholds 0.3 0.5 0.7 0.8 --at-frames 200000 400000 600000
-done
+# --sps: frames a second, of i2a_throughput.csv
+seven="--thresholds 0.3 0.5 0.7 0.8 --at-frames 200000 400000 600000"
+python benchmark/curves.py --study i2a_7x7 $seven --sps i2a=899 model-free=1895
+python benchmark/curves.py --study i2a_8x8 $seven
 
 # 2. Where imagination pays: deep rollouts of π̂'s likeliest actions
 $run --study i2a_depth --variants "model-free=--agent model-free" \
   "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" --flags="--no-anneal-lr --total-timesteps 300000"
-for run in runs/*__i2a_depth-model-free__*; do # on to 70 %
+for run in runs/*__i2a_depth-model-free__*; do # on to 70 %; held-out shares are those before, from their logs
   python i2a.py --resume "$run/checkpoint.pt" --total-timesteps 450000
 done
-python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6 0.7
+$run --study i2a_depth --variants "model-free=" "depth-8-greedy=" --collect-only
+python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6 0.7 \
+  --at-frames 200000 300000 --sps depth-8-greedy=449 model-free=1895
 
 # 3. 10x10 rooms with four boxes
 $run --study flagship --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \
