@@ -1,10 +1,12 @@
-"""What the benchmarks share: CSV files in and out, and intervals."""
+"""What the benchmarks share: CSV files in and out, intervals, and the machine."""
 
 import csv
 import math
 import os
 import pathlib
+import platform
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,16 @@ def write_rows(rows: Iterable[dict[str, Any]], name: str) -> None:
         writer.writerows(rows)
     os.replace(temporary, target)
     print(f"wrote benchmark/results/{name}")
+
+
+def show(row: dict[str, Any]) -> dict[str, Any]:
+    """Print a row, and hand it back."""
+    print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return row
+
+
+def hardware() -> str:
+    return f"{platform.processor() or platform.machine()}, one thread, torch {version('torch')}"
 
 
 def half_interval(values: Sequence[float]) -> float:

@@ -9,12 +9,14 @@ the variant needs as the reference: the geometric mean with its 95 % interval (S
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, write_rows
+from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -97,35 +99,41 @@ def table(args: Args, curves: dict[str, dict[int, Curve]], held_out: dict[str, l
     return rows
 
 
+def draw_mean(axis: plt.Axes, x: Sequence[float], values: np.ndarray, label: str, **style: Any) -> None:
+    """The mean over the seeds, which are the rows of `values`, and its 95 % interval."""
+    mean, half = values.mean(0), np.apply_along_axis(half_interval, 0, values)
+    (line,) = axis.plot(x, mean, label=label, **style)
+    axis.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    """The figure as docs/`name`.png."""
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / f"{name}.png", dpi=90)
+    plt.close(figure)
+    print(f"wrote docs/{name}.png")
+
+
 def draw(args: Args, curves: dict[str, dict[int, Curve]]) -> None:
-    """A thin line a seed, the mean over seeds, and its 95 % interval, as far as all seeds go."""
+    """A thin line a seed, and the mean over seeds, as far as all seeds go."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
     for i, (variant, seeds) in enumerate(curves.items()):
-        colour = f"C{i}"
         for frames, solved in seeds.values():
-            axis.plot(frames / 1e6, solved, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(frames / 1e6, solved, color=f"C{i}", alpha=0.25, linewidth=0.8)
         grid = np.linspace(max(f[0] for f, _ in seeds.values()), min(f[-1] for f, _ in seeds.values()), 100)
         shares = np.array([np.interp(grid, *curve) for curve in seeds.values()])  # (seeds, 100)
-        mean = shares.mean(0)
-        axis.plot(
-            grid / 1e6, mean, color=colour, label=f"{variant} ({len(seeds)} seeds)" if len(seeds) > 1 else variant
-        )
-        if len(seeds) > 1:
-            half = np.array([half_interval(column) for column in shares.T])
-            axis.fill_between(grid / 1e6, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+        draw_mean(axis, grid / 1e6, shares, f"{variant} (seeds: {len(seeds)})", color=f"C{i}")
     axis.set(xlabel="million frames", ylabel="new levels solved", ylim=(0, 1), title=args.title)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / f"{args.study}.png", dpi=90)
-    print(f"wrote docs/{args.study}.png")
+    save(figure, args.study)
 
 
 def main(args: Args) -> None:
     curves, held_out = read_curves(args.study)
     rows = table(args, curves, held_out)
     for row in rows:
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
+        show(row)
     write_rows(rows, f"{args.study}_table.csv")
     draw(args, curves)
 
