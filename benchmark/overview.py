@@ -3,9 +3,8 @@
 python benchmark/overview.py
 """
 
-import matplotlib.pyplot as plt
-from common import ROOT
-from matplotlib.patches import FancyBboxPatch
+import tyro
+from curves import plt, save
 
 COLUMNS = ("what is learned", "what is imagined", "what is distilled")
 COLOURS = ("#d6e6f4", "#fde3c4", "#dcefd5")
@@ -47,31 +46,25 @@ ARROWS = [
 
 
 def main() -> None:
-    figure, axis = plt.subplots(figsize=(10, 9.2))
-    width, height, left, step = 2.75, 0.72, 2.7, 1.15
+    figure, axis = plt.subplots(figsize=(9.5, 8))
+    left, step = 4.1, 1.15  # the middle of the first column; from row to row
     for column, title in enumerate(COLUMNS):
-        axis.text(left + 3 * column + width / 2, 0.72, title, ha="center", fontsize=12, weight="bold")
+        axis.text(left + 3 * column, 0.72, title, ha="center", fontsize=12, weight="bold")
     for row, (script, cells) in enumerate(ROWS.items()):
-        y = -step * row
-        axis.text(0, y, script, va="center", family="monospace", fontsize=9.5)
+        axis.text(0, -step * row, script, va="center", family="monospace", fontsize=9.5)
         for column, text in enumerate(cells):
             if text:
-                corner = (left + 3 * column, y - height / 2)
-                box = FancyBboxPatch(
-                    corner, width, height, "round,pad=0.02", facecolor=COLOURS[column], edgecolor="gray"
-                )
-                axis.add_patch(box)
-                axis.text(corner[0] + width / 2, y, text, ha="center", va="center", fontsize=9)
+                box = {"boxstyle": "round,pad=0.6", "facecolor": COLOURS[column], "edgecolor": "gray"}
+                axis.text(left + 3 * column, -step * row, text, ha="center", va="center", fontsize=9, bbox=box)
     for (row, column), (to_row, to_column), text in ARROWS:
-        start = (left + 3 * column + width / 2, -step * row - height / 2 - 0.03)
-        end = (left + 3 * to_column + width / 2, -step * to_row + height / 2 + 0.03)
+        start = (left + 3 * column, -step * row - 0.32)
+        end = (left + 3 * to_column, -step * to_row + 0.32)
         axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "dimgray"})
         axis.text(start[0] + 0.1, (start[1] + end[1]) / 2, text, va="center", fontsize=8, color="dimgray")
-    axis.set(xlim=(-0.1, left + 9.1), ylim=(-step * len(ROWS) + 0.45, 1.0))
+    axis.set(xlim=(-0.1, left + 7.6), ylim=(-step * len(ROWS) + 0.45, 1.0))
     axis.axis("off")
-    figure.savefig(ROOT / "docs" / "overview.png", dpi=90, bbox_inches="tight")
-    print("wrote docs/overview.png")
+    save(figure, "overview")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)
