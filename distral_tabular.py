@@ -73,6 +73,7 @@ def new_run(name: str) -> str:
         for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
             with contextlib.suppress(FileExistsError):
                 os.makedirs(f"runs/{stem}{suffix}")
+                print(f"writing to runs/{stem}{suffix}", flush=True)
                 return stem + suffix
     except OSError as e:
         sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")

@@ -91,6 +91,7 @@ def new_run(name: str) -> str:
         for suffix in ("", "-2", "-3", "-4", "-5", "-6"):
             with contextlib.suppress(FileExistsError):
                 os.makedirs(f"runs/{stem}{suffix}")
+                print(f"writing to runs/{stem}{suffix}", flush=True)
                 return stem + suffix
     except OSError as e:
         sys.exit(f"can't create runs/{stem}: {e.strerror}; run from a folder that you can write to")
@@ -160,8 +161,10 @@ def load_checkpoint(path: str, device: str | torch.device) -> dict[str, Any]:
     """What `save_checkpoint` wrote, its tensors on `device`. `weights_only`: a foreign file can't run code."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except OSError as e:
+        sys.exit(f"can't read the checkpoint {path}: {e.strerror or e}")
     except Exception as e:  # a damaged file can fail anywhere in torch's reader
-        sys.exit(f"can't read the checkpoint {path}: {e!r:.120}")
+        sys.exit(f"can't read the checkpoint {path}: damaged, or not made by torch.save ({type(e).__name__})")
 
 
 def saved_args(path: str) -> Any:
