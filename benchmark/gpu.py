@@ -18,17 +18,16 @@ nothing:
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import os
 import pathlib
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from common import RESULTS, ROOT, read_rows, write_rows
+from common import RESULTS, ROOT, read_rows, show, write_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT))
@@ -68,8 +67,7 @@ class Table:
         self.path, self.rows = pathlib.Path(args.output).resolve() / f"gpu_{name}.csv", []
 
     def add(self, **row: Any) -> None:
-        self.rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-        print(*(f"{k}={v}" for k, v in self.rows[-1].items()), flush=True)
+        self.rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in show(row).items()})
         with contextlib.redirect_stdout(None):  # not the name of the file after each row
             write_rows(self.rows, str(self.path))
 
@@ -82,16 +80,11 @@ def tiny_runs() -> dict[str, str]:
     return {script: flags for script, flags in TINY.items() if script.endswith(".py")}
 
 
-def environment(device: str) -> dict[str, str]:
-    """For scripts started from here; on a CPU they find no GPU."""
-    return os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-
-
-def run(folder: str, device: str, script: str, *flags: str) -> str:
-    """Run a script in a folder; returns what it printed."""
+def run(folder: str, device: str, script: str, *flags: str, limit: float = 300.0) -> str:
+    """Run a script in a folder for at most so many seconds; returns what it printed."""
     command = [sys.executable, str(ROOT / script), *flags]
-    options = {"capture_output": True, "text": True, "timeout": 180 if device == "cuda" else 900}
-    done = subprocess.run(command, cwd=folder, env=environment(device), check=False, **options)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit)
     if done.returncode:
         raise RuntimeError(f"{script}: {done.stderr[-300:]}")
     return done.stdout
@@ -122,8 +115,7 @@ def check_networks(device: torch.device, tiny: bool) -> Check:
     """Imagined rollouts, outputs, returns, and the losses and gradients of an update, of the same weights and data."""
 
     def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-        ours, reference = ours.detach().cpu().double(), reference.detach().cpu().double()
-        return float((ours - reference).norm() / reference.norm())
+        return float((ours.detach().cpu() - reference.detach().cpu()).norm() / reference.detach().norm())
 
     args = i2a.parse_args(["--num-envs", "8" if tiny else "64"])
     torch.manual_seed(1)
@@ -179,10 +171,10 @@ def check_scripts(device: torch.device, tiny: bool) -> Check:
         (path,) = pathlib.Path(folder).glob("runs/*/checkpoint.pt")
         graph = "--cuda-graph" if kind == "cuda" else "--no-cuda-graph"
         for i, (where, flag) in enumerate(((kind, "--no-cuda-graph"), (kind, graph), ("cpu", "--no-cuda-graph"))):
-            before = len(read_rows(path.with_name("metrics.csv")))
+            before = read_rows(path.with_name("metrics.csv"))
             run(folder, where, "i2a.py", "--resume", str(path), flag, "--total-timesteps", str(1640 + 512 * i))
-            more = len(read_rows(path.with_name("metrics.csv"))) - before
-            yield f"a checkpoint goes on, {where} {flag}", float(more < 1), 0.0
+            after = read_rows(path.with_name("metrics.csv"))
+            yield f"a checkpoint goes on, {where} {flag}", float(len(after) <= len(before)), 0.0
         text = run(folder, kind, "i2a.py", "--evaluate", str(path.with_name("agent.pt")))
         yield "--evaluate", float("eval/solved" not in text), 0.0
 
@@ -221,53 +213,52 @@ def set_precision(name: str) -> None:
 
 
 def seconds(work: Callable[[], Any], device: torch.device, at_least: float) -> float:
-    """The mean time of a call, after the caller's warm-up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.get_num_threads
-    wait()
-    calls, start = 0, time.perf_counter()
-    while not calls or time.perf_counter() - start < at_least:
+    """The mean time of a call, after the caller's warm-up; on a CPU, the processor's time."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    calls, start = 0, clock()
+    while not calls or clock() - start < at_least:
         work()
-        wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         calls += 1
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
-def peaks(device: torch.device, tiny: bool) -> dict[str, float]:
+def peaks(device: torch.device, size: int) -> dict[str, float]:
     """Floating-point operations a second of a large matrix product, and bytes a second of a large copy."""
-    size, found = 256 if tiny else 8192, {}
+    found = {}
     for name in ("float32", "tf32", "bf16"):
         set_precision(name)
         a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if name == "bf16" else torch.float32)
-        seconds(lambda a=a, b=b: a @ b, device, 0.1)
-        found[name] = 2 * size**3 / seconds(lambda a=a, b=b: a @ b, device, 0.2)
+        product = functools.partial(torch.matmul, a, b)
+        seconds(product, device, 0.1)
+        found[name] = 2 * size**3 / seconds(product, device, 0.2)
     a = torch.randn(8 * size**2, device=device)
     b = torch.empty_like(a)
     found["copy"] = 2 * a.nbytes / seconds(lambda: b.copy_(a), device, 0.2)
     return found
 
 
-def env_steps(num: int, graph: bool, levels: torch.Tensor | None, device: torch.device, tiny: bool) -> dict:
+def env_steps(num: int, graph: bool, levels: torch.Tensor | None, device: torch.device, at_least: float) -> dict:
     """Steps of 10x10 rooms with four boxes, in rounds of 32."""
     envs = SokobanVectorEnv(num, levels=levels, device=device)
     envs.reset(seed=1)
     actions = torch.randint(5, (32, num), device=device)
 
-    def work() -> None:
+    def steps(actions: torch.Tensor) -> None:
         for action in actions:
             envs.step(action)
 
-    def replay() -> None:
-        captured.replay()
-        envs.refill()
+    play = i2a.Captured(steps, torch.Generator(device)) if graph else steps
 
-    work()
-    work()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            work()
-        replay()
-    return {"value": 32 * num / seconds(replay if graph else work, device, 0.0 if tiny else 1.0), "unit": "steps/s"}
+    def work() -> None:
+        play(actions)
+        if graph:
+            envs.refill()
+
+    for _ in range(3):  # warms up, and records
+        work()
+    return {"value": 32 * num / seconds(work, device, at_least), "unit": "steps/s"}
 
 
 def levels_made(num: int, device: torch.device) -> dict:
@@ -277,20 +268,22 @@ def levels_made(num: int, device: torch.device) -> dict:
     return {"value": envs.get_state()["pool"]["serial"] / took, "unit": "levels/s"}
 
 
-def i2a_frames(flags: str, mode: str, device: torch.device, tiny: bool, peak: dict[str, float]) -> dict:
+def i2a_frames(flags: str, mode: str, device: torch.device, at_least: float, peak: dict[str, float]) -> dict:
     """Frames of i2a.py's loop with an untrained agent (the same work), and where the time goes."""
-    args = i2a.parse_args(flags.split())
+    graph = "graph" in mode and device.type == "cuda"
+    args = i2a.parse_args([*flags.split(), "--cuda-graph" if graph else "--no-cuda-graph"])
     i2a.seed_everything(1, "deterministic" in mode)
     precision = next((name for name in ("bf16", "float32") if name in mode), "tf32")
     set_precision(precision)
-    graph, rng = "graph" in mode and device.type == "cuda", torch.Generator(device).manual_seed(1)
+    rng = torch.Generator(device).manual_seed(1)
     networks, envs = i2a.make_networks(args, device), i2a.make_envs(args, args.num_envs, None, device)
-    for network in networks.values() if "compile" in mode else ():
-        network.compile()
-    names = ("agent", "rollout_policy") if args.agent == "i2a" else ("agent",)
-    groups = [{"params": list(networks[name].parameters())} for name in names]
-    rate = torch.tensor(1e-3, device=device) if graph else 1e-3
-    optimizer = torch.optim.Adam(groups, rate, eps=1e-5, fused=True, capturable=graph)
+    if "compile" in mode:
+        for network in networks.values():
+            network.compile()
+    optimizer = i2a.make_optimizer(args, networks)
+    if graph:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(1e-3, device=device)
     act = functools.partial(i2a.rollout, args, networks, envs, rng=rng)
     learn = functools.partial(i2a.update, args, networks, optimizer)
     frames, size = i2a.as_frames(envs.reset(seed=1)[0], args.frame_stack), args.num_steps * args.num_envs
@@ -303,75 +296,76 @@ def i2a_frames(flags: str, mode: str, device: torch.device, tiny: bool, peak: di
         for _ in range(args.update_epochs):
             parts = torch.randperm(size, generator=rng, device=device).tensor_split(args.num_minibatches)
             for which, index in enumerate(parts):
-                learn([x[index] for x in batch], which % 8)
+                learn([x[index] for x in batch], which % 8 if args.symmetry else 0)
 
-    counter = None
-    if "compile" not in mode:
-        with FlopCounterMode(display=False) as counter:
-            iteration()
+    counter = FlopCounterMode(display=False)
+    with contextlib.nullcontext() if "compile" in mode else counter:
+        iteration()
     if graph:  # whose replays can't be counted
         act, learn = i2a.Captured(act, rng), i2a.Captured(learn, rng)
-    for _ in range(0 if tiny else 3):
+    for _ in range(3 if at_least else 0):
         iteration()
-    took = seconds(iteration, device, 0.0 if tiny else 2.0)
+    took = seconds(iteration, device, at_least)
     row: dict[str, Any] = {"value": size / took, "unit": "frames/s"}
-    if counter:
+    if "compile" not in mode:
         flop = counter.get_total_flops()
         row |= {"mflop_per_frame": flop / size / 1e6, "share_of_peak": flop / took / peak[precision]}
     if device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             iteration()
             torch.cuda.synchronize()
-        times, kernels = Counter(), 0
-        for event in profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                kernels += 1
-                times[event.name[:60]] += event.time_range.elapsed_us() / 1e6
-        busy = sum(times.values())
-        row |= {"kernels_per_frame": kernels / size, "idle": max(0.0, 1 - busy / took)}
-        row |= {"gib": torch.cuda.max_memory_allocated() / 2**30}
-        row["top"] = "; ".join(f"{time / busy:.0%} {name}" for name, time in times.most_common(4))
+        kernels = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels.sort(key=lambda e: -e.self_device_time_total)
+        busy = sum(e.self_device_time_total for e in kernels) / 1e6
+        row |= {"kernels_per_frame": sum(e.count for e in kernels) / size, "idle": max(0.0, 1 - busy / took)}
+        row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["top"] = "; ".join(f"{e.self_device_time_total / 1e6 / busy:.0%} {e.key[:60]}" for e in kernels[:4])
     return row
 
 
 def fast(args: Args, deadline: float) -> None:
     table, device, tiny = Table(args, "fast"), torch.device(args.device), args.tiny
     i2a.seed_everything(1, False)
-    peak = peaks(device, tiny)
+    peak = peaks(device, 256 if tiny else 8192)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     for what, value in peak.items():
         table.add(what=what, envs="", mode=f"{card}, torch {torch.__version__}", value=value, unit="peak, per second")
 
-    def attempt(what: str, envs: int, mode: str, measure: Callable, *inputs: Any) -> None:
+    sizes, batches, depths, small = (16_384, 1024, 4096, 65_536), (4096, 1024, 256), (3, 1, 5, 10), ""
+    more = ("eager", "eager deterministic", "graph deterministic", "graph float32", "graph bf16", "graph compile bf16")
+    if tiny:
+        sizes, batches, depths, more = (64,), (8,), (3,), ("eager deterministic",)
+        small = " --num-steps 4 --num-minibatches 2 --update-epochs 1"
+    ways = ("eager",) if device.type == "cpu" else ("graph", "eager")
+    at_least = 0.0 if tiny else 1.0
+    levels, most = generate_levels(20 if tiny else 1000, seed=1)[0], sizes[0] // 2
+    cases: list[tuple[str, int, str, Callable[[], dict]]] = []
+    for num, way in itertools.product(sizes, ways):
+        steps = functools.partial(env_steps, num, way == "graph", levels, device, at_least)
+        cases.append(("steps, 1,000 levels", num, way, steps))
+    steps = functools.partial(env_steps, most, ways[0] == "graph", None, device, at_least)
+    cases.append(("steps, endless levels", most, ways[0], steps))
+    cases.append(("levels", most, "", functools.partial(levels_made, most, device)))
+    agents = {"model-free": "--agent model-free"} | {f"depth {d}": f"--imagination-depth {d}" for d in depths}
+    runs = [
+        *itertools.product(agents, batches, ways[:1]),
+        *itertools.product(("model-free", "depth 3"), batches[:1], more),
+    ]
+    for agent, num, mode in runs:
+        flags = f"{FLAGSHIP} {agents[agent]} --num-envs {num}{small}" + (" --bf16" if "bf16" in mode else "")
+        frames = functools.partial(i2a_frames, flags, mode, device, 2 * at_least, peak)
+        cases.append((agent, num, mode, frames))
+    for what, envs, mode, measure in cases:
         if time.time() > deadline:
             print(f"no time for {what}, {envs}, {mode}", flush=True)
-            return
+            continue
         try:
-            table.add(what=what, envs=envs, mode=mode, **measure(*inputs))
+            table.add(what=what, envs=envs, mode=mode, **measure())
         except Exception as e:
             table.add(what=what, envs=envs, mode=mode, value="", unit="", error=repr(e)[-300:])
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-
-    ways = ("eager",) if device.type == "cpu" else ("graph", "eager")
-    levels = generate_levels(20 if tiny else 1000, seed=1)[0]
-    for num in (64,) if tiny else (16_384, 1024, 4096, 65_536):
-        for way in ways:
-            attempt("steps, 1,000 levels", num, way, env_steps, num, way == "graph", levels, device, tiny)
-    num = 64 if tiny else 8192
-    attempt("steps, endless levels", num, ways[0], env_steps, num, ways[0] == "graph", None, device, tiny)
-    attempt("levels", num, "", levels_made, num, device)
-
-    agents = {"model-free": "--agent model-free"} | {f"depth {d}": f"--imagination-depth {d}" for d in (3, 1, 5, 10)}
-    first, sizes = [*agents][:2], (8,) if tiny else (4096, 1024, 256)
-    cases = [(agent, num, ways[0]) for num in sizes for agent in (first if tiny else agents)]
-    more = ("eager", "eager deterministic", "graph deterministic", "graph float32", "graph bf16", "graph compile bf16")
-    cases += [(agent, sizes[0], mode) for mode in (more[1:2] if tiny else more) for agent in first]
-    for agent, num, mode in cases:
-        flags = f"{FLAGSHIP} {agents[agent]} --num-envs {num}" + " --bf16" * ("bf16" in mode)
-        flags += " --num-steps 4 --num-minibatches 2 --update-epochs 1" if tiny else ""
-        attempt(agent, num, mode, i2a_frames, flags, mode, device, tiny, peak)
 
 
 # ------------------------------------------------------------------------------------------------------------ 3. learn
@@ -381,16 +375,12 @@ def learn(args: Args, deadline: float) -> None:
     output, table = pathlib.Path(args.output).resolve(), Table(args, "learn")
     flags = tiny_runs()["i2a.py"] if args.tiny else args.train
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "i2a.py"), *shlex.split(flags)]
-        process = subprocess.Popen(command, cwd=folder, env=environment(args.device))
-        try:
-            process.wait(max(1.0, deadline - time.time() - 40))  # which are left for the evaluation
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # its last checkpoint and rows are whole
-            process.wait(20)
+        left = max(1.0, deadline - time.time() - 40)  # which are left for the evaluation
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its last checkpoint is whole
+            run(folder, args.device, "i2a.py", *shlex.split(flags), limit=left)
         path = next(pathlib.Path(folder).glob("runs/*/checkpoint.pt"))
         shutil.copy(path, output / "gpu_checkpoint.pt")
-        table.rows = read_rows(path.with_name("metrics.csv"))
+        table.rows = i2a.load_checkpoint(str(path), CPU)["rows"]
         text = run(folder, args.device, "i2a.py", "--evaluate", str(path))
         table.add(global_step=table.rows[-1]["global_step"], **json.loads(text[text.index("{") : text.rindex("}") + 1]))
 

@@ -90,7 +90,7 @@ PROGRAMS = {
         "benchmark/results/i2a_model.csv",
     ),
     "benchmark/i2a_throughput.py": (
-        "--tasks '7x7-2, paper-small' --frames 256",
+        "--tasks '7x7-2, paper-small' --seconds 0",
         "benchmark/results/i2a_throughput.csv",
     ),
     "benchmark/level_statistics.py": ("--num-levels 50", "benchmark/results/level_statistics.csv"),
