@@ -7,20 +7,15 @@ The runs are those of benchmark/distillation.sh; a row of the file that has a sc
 (student - random) / (teacher - random), of mean returns. Intervals are 95 % Student's t intervals over the seeds.
 """
 
-import platform
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, write_rows
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common import RESULTS, ROOT, half_interval, hardware, read_rows, show, write_rows
+from curves import plt, save
 
 sys.path.insert(0, str(ROOT))
 
@@ -31,11 +26,11 @@ SCALES = (0.25, 0.07, 0.04, 0.02, 0.01)
 TASKS = {"sokoban": "Sokoban-v0", "own": "Sokoban-v0", "cartpole": "CartPole-v1", "acrobot": "Acrobot-v1"}  # by variant
 THREE_TASKS = ("CartPole-v1", "Acrobot-v1", "Sokoban-v0")
 PAIRS = (("own-reverse-corrected", "own-reverse"), ("own-forward-corrected", "own-forward"))
-
-
-@dataclass
-class Args:
-    speed: bool = False  # measure only what acting costs
+SERIES = {  # left in the figure: variant, task, label
+    ("sokoban", "Sokoban-v0"): "Sokoban, policy",
+    ("cartpole", "CartPole-v1"): "CartPole, policy",
+    ("acrobot-dqn", "Acrobot-v1"): "Acrobot, Q-values",
+}
 
 
 def students() -> dict[tuple[str, str, float], dict[str, dict[str, str]]]:
@@ -82,35 +77,25 @@ def summary(found: dict[tuple[str, str, float], dict[str, dict[str, str]]]) -> l
 def draw(lines: list[dict]) -> None:
     """Left: the score by size. Right: what each direction makes of a teacher with two modes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    series = {
-        "sokoban": ("Sokoban-v0", "Sokoban, policy"), "cartpole": ("CartPole-v1", "CartPole, policy"),
-        "acrobot-dqn": ("Acrobot-v1", "Acrobot, Q-values"), "three-tasks": ("mean", "three tasks in one, mean"),
-    }  # fmt: skip
-    for shift, (variant, (env_id, label)) in enumerate(series.items()):
-        chosen = [line for line in lines if (line["variant"], line["env_id"]) == (variant, env_id)]
-        if chosen:
-            x = np.array([line["scale"] for line in chosen], dtype=float) * 1.03**shift  # apart, to be seen
-            y, error = ([float(line[name]) for line in chosen] for name in ("score", "half_interval"))
-            left.errorbar(x, y, error, marker="o", capsize=3, label=f"{label} ({chosen[0]['seeds']} seeds)")
-    left.axhline(1, color="black", lw=0.8, ls=":")
+    for shift, (series, label) in enumerate(SERIES.items()):
+        chosen = [line for line in lines if (line["variant"], line["env_id"]) == series]
+        columns = ("scale", "score", "half_interval")
+        x, y, error = (np.array([float(line[name]) for line in chosen]) for name in columns)
+        left.errorbar(x * 1.03**shift, y, error, marker="o", label=f"{label} (seeds: {chosen[0]['seeds']})")
     left.set(xscale="log", xlabel="student's share of the teacher's parameters", ylabel="score")
-    left.set_xticks(SCALES, [f"{100 * scale:g} %" for scale in SCALES])
-    left.minorticks_off()
     left.legend(loc="lower right", fontsize=8)
 
     actions = torch.linspace(-15, 15, 121)
     modes = torch.stack([np.log(0.4) - (actions + 4) ** 2 / 2, np.log(0.6) - (actions - 4) ** 2 / 2])
     teacher = modes.logsumexp(0)[None]  # (1, A) logits
     right.fill_between(actions, teacher[0].softmax(-1), color="#cccccc", label="teacher")
-    for direction, label in (("forward", "D_KL(teacher‖student)"), ("reverse", "D_KL(student‖teacher)")):
-        fits = [fitted(actions, teacher, direction, first) for first in (-3.0, 0.0, 3.0)]  # several minima: the lowest
-        divergence, policy = min(fits, key=lambda fit: fit[0])
-        right.plot(actions, policy, label=f"{direction}: {label} = {divergence:.2f}")
+    for direction in ("forward", "reverse"):
+        fits = [fitted(actions, teacher, direction, first) for first in (-3.0, 0.0, 3.0)]
+        divergence, policy = min(fits, key=lambda fit: fit[0])  # of several minima the lowest
+        right.plot(actions, policy, label=f"{direction} KL: {divergence:.2f}")
     right.set(xlabel="action", ylabel="probability")
     right.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "distillation.png", dpi=90)
-    print("wrote docs/distillation.png")
+    save(figure, "distillation")
 
 
 def fitted(actions: torch.Tensor, teacher: torch.Tensor, direction: str, first: float) -> tuple[float, torch.Tensor]:
@@ -133,44 +118,44 @@ def acting_speed() -> list[dict]:
     Medians of 100 calls; the least of 20 rounds, in which every network has its turn: others may use the machine.
     """
     rows, cases = [], []
-    for env_id, shape, actions, base in (
-        ("Sokoban-v0", (7, 7), 5, distillation.BOARD_WIDTHS), ("CartPole-v1", (4,), 2, distillation.VECTOR_WIDTHS),
-    ):  # fmt: skip
-        total = distillation.acting_parameters(PolicyNet([shape], [actions], base, "player"))
+    tasks = (("Sokoban-v0", (7, 7), 5, distillation.BOARD_WIDTHS), ("CartPole-v1", (4,), 2, distillation.VECTOR_WIDTHS))
+    for env_id, shape, actions, widths in tasks:
+        teacher = PolicyNet([shape], [actions], widths, "player")
+        total = distillation.acting_parameters(teacher)
         for scale in (1.0, *SCALES):
-            widths = distillation.student_widths([shape], [actions], int(scale * total), "player")
-            net = PolicyNet([shape], [actions], base if scale == 1 else widths, "player")
+            small = distillation.student_widths([shape], [actions], int(scale * total), "player")
+            net = teacher if scale == 1 else PolicyNet([shape], [actions], small, "player")
             rows.append({"env_id": env_id, "scale": scale, "parameters": distillation.acting_parameters(net)})
             for batch in (1, 64):
-                boards = torch.randint(0, 7, (batch, *shape), dtype=torch.uint8)
-                cases.append((rows[-1], batch, net, boards if len(shape) == 2 else torch.randn(batch, *shape)))
+                x = torch.randint(0, 7, (batch, *shape)).to(torch.uint8 if len(shape) == 2 else torch.float32)
+                cases.append((rows[-1], f"microseconds_batch_{batch}", net, x))
     for _ in range(20):
-        for row, batch, net, x in cases:
+        for row, name, net, x in cases:
             seconds = []
             for _ in range(100):
                 start = time.perf_counter()
                 net(x).argmax(-1)
                 seconds.append(time.perf_counter() - start)
-            name = f"microseconds_batch_{batch}"
             row[name] = round(min(row.get(name, np.inf), 1e6 * float(np.median(seconds))), 3)
     for row in rows:
         teacher = next(other for other in rows if other["env_id"] == row["env_id"])
         for batch in (1, 64):
             name = f"microseconds_batch_{batch}"
             row[f"speedup_batch_{batch}"] = round(teacher[name] / row[name], 3)
-        row["hardware"] = f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}"
+        row["hardware"] = hardware()
     return rows
 
 
-def main(args: Args) -> None:
+def main(speed: bool = False) -> None:
+    """The table and the figure; with --speed only what acting costs."""
     torch.set_num_threads(1)
-    lines = acting_speed() if args.speed else summary(students())
+    lines = acting_speed() if speed else summary(students())
     for line in lines:
-        print(", ".join(f"{name} {value}" for name, value in line.items()))
-    write_rows(lines, "distillation_speed.csv" if args.speed else "distillation_summary.csv")
-    if not args.speed:
+        show(line)
+    write_rows(lines, "distillation_speed.csv" if speed else "distillation_summary.csv")
+    if not speed:
         draw(lines)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)
