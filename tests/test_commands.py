@@ -104,16 +104,6 @@ PROGRAMS = {
         "--seeds 1 --flags='--model-epochs 1'",
         "benchmark/results/world_model_likelihood.csv",
     ),
-    "benchmark/world_model_extras.py trajectories": (
-        "--flags='--total-timesteps 40 --initial-steps 40 --model-epochs 2 --num-envs 8 --num-steps 4 "
-        "--num-minibatches 2 --policy-updates 1 --eval-episodes 2'",
-        "benchmark/results/world_model_trajectories.csv",
-    ),
-    "benchmark/world_model_extras.py train": (
-        "--flags='--total-timesteps 40 --initial-steps 40 --model-epochs 2 --num-envs 8 --num-steps 4 "
-        "--num-minibatches 2 --policy-updates 1 --eval-episodes 2'",
-        "runs",
-    ),
     "tools/watch.py": ("--most 1 --delay 0", ""),
     "tools/sokoban.py render": ("--num-levels 2", "docs/sokoban_levels.png"),
 }
