@@ -378,7 +378,9 @@ def learn(args: Args, deadline: float) -> None:
         left = max(1.0, deadline - time.time() - 40)  # which are left for the evaluation
         with contextlib.suppress(subprocess.TimeoutExpired):  # its last checkpoint is whole
             run(folder, args.device, "i2a.py", *shlex.split(flags), limit=left)
-        path = next(pathlib.Path(folder).glob("runs/*/checkpoint.pt"))
+        path = next(pathlib.Path(folder).glob("runs/*/checkpoint.pt"), None)
+        if path is None:
+            sys.exit("learn: no checkpoint within the time that was left")
         shutil.copy(path, output / "gpu_checkpoint.pt")
         table.rows = i2a.load_checkpoint(str(path), CPU)["rows"]
         text = run(folder, args.device, "i2a.py", "--evaluate", str(path))

@@ -31,8 +31,7 @@ for noise in 0.0 0.2 0.4; do
     --variants "noise_${noise}_ensemble=" "noise_${noise}_deterministic=--model deterministic"
 done
 
-# 3. Likelihoods, trajectories, speed (nothing else running); the table and the figures
+# 3. Likelihoods, speed (nothing else running); the table and the figures
 python benchmark/world_model_extras.py likelihood
-python benchmark/world_model_extras.py trajectories
 python benchmark/world_model_extras.py speed
 python benchmark/world_model_figures.py

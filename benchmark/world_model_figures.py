@@ -8,26 +8,18 @@ ones of steps, with 95 % intervals (Student's t; of steps, on their logarithms).
 """
 
 import math
+from collections import defaultdict
 
-import matplotlib
 import numpy as np
-from common import RESULTS, ROOT, half_interval, read_rows, write_rows
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import tyro
+from common import RESULTS, half_interval, read_rows, show, write_rows
+from curves import draw_mean, plt, save
 
 GOALS = {"CartPole-v1": 475.0, "Pendulum-v1": -200.0, "Acrobot-v1": -100.0}
-RED, ORANGE, PURPLE, BLUE, GREY, GREEN = "#c03a2b", "#d99a2b", "#7a3fa0", "#1f6fb4", "#888888", "#2c8a4b"
 CURVES = {
-    "CartPole-v1": [
-        ("cartpole", RED, "ensemble of 5"),
-        ("cartpole_single", ORANGE, "one network"),
-        ("gp", PURPLE, "Gaussian process"),
-        ("cartpole_real", BLUE, "model-free, own settings"),
-        ("cartpole_cleanrl", GREY, "model-free, CleanRL's settings"),
-    ],
-    "Pendulum-v1": [("pendulum", RED, "ensemble of 5"), ("pendulum_single", ORANGE, "one network")],
-    "Acrobot-v1": [("acrobot", RED, "ensemble of 5")],
+    "CartPole-v1": ("cartpole", "cartpole_single", "gp", "cartpole_real", "cartpole_cleanrl"),
+    "Pendulum-v1": ("pendulum", "pendulum_single"),
+    "Acrobot-v1": ("acrobot",),
 }
 Run = list[dict[str, float]]  # a row an iteration
 
@@ -74,26 +66,16 @@ def columns(name: str, numbers: tuple[float, float, float]) -> dict[str, str]:
 
 def table(runs: dict[str, dict[int, Run]]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    print("| row | got there | real steps | return at the end | imagined - real | seconds |\n|---|--:|--:|--:|--:|--:|")
     for variant, seeds in runs.items():
         ends = [reached(run, goal_of(variant)) for run in seeds.values()]
-        there, steps = sum(ok for _, ok in ends), geometric([n for n, _ in ends])
-        final = interval([run[-1]["eval/return"] for run in seeds.values()])
         seconds = np.mean([run[-1].get("cpu_seconds") or 60 * run[-1]["charts/minutes"] for run in seeds.values()])
-        row = {"row": variant, "seeds": len(seeds), "reached": there, "goal": goal_of(variant)}
-        row |= columns("steps", steps) | columns("return", final) | {"seconds": f"{seconds:.0f}"}
-        row["most_steps"] = max(n for n, _ in ends)
-        shown = ""
+        row = {"row": variant, "seeds": len(seeds), "reached": sum(ok for _, ok in ends), "goal": goal_of(variant)}
+        row |= columns("steps", geometric([steps for steps, _ in ends]))
+        row |= columns("return", interval([run[-1]["eval/return"] for run in seeds.values()]))
+        row |= {"seconds": f"{seconds:.0f}", "most_steps": max(steps for steps, _ in ends)}
         if "charts/gap" in next(iter(seeds.values()))[0]:
-            gaps = interval([gap(run) for run in seeds.values()])
-            row |= columns("gap", gaps)
-            shown = f"{gaps[0]:.0f} ± {gaps[2] - gaps[0]:.0f}"
+            row |= columns("gap", interval([gap(run) for run in seeds.values()]))
         rows.append(row)
-        least = "" if there == len(seeds) else "≥ "
-        print(
-            f"| {variant} | {there} of {len(seeds)} | {least}{steps[0]:.0f} ({steps[1]:.0f} to {steps[2]:.0f}) | "
-            f"{final[0]:.0f} ± {final[2] - final[0]:.0f} | {shown} | {seconds:.0f} |"
-        )
     for one, other in (("cartpole", "cartpole_single"), ("pendulum", "pendulum_single")):
         pairs = [(runs[one][s], runs[other][s]) for s in runs[other] if s in runs[one]]
         differences = interval([gap(single) - gap(ensemble) for ensemble, single in pairs])
@@ -104,115 +86,65 @@ def table(runs: dict[str, dict[int, Run]]) -> list[dict[str, object]]:
         pairs = [(reached(run, 475)[0], reached(runs["cartpole"][s], 475)[0]) for s, run in runs[other].items()]
         ratio = geometric([theirs / own for theirs, own in pairs])
         rows.append({"row": f"{other} / cartpole: steps, paired", "seeds": len(pairs)} | columns("steps", ratio))
-    for horizon, firsts in horizons(runs).items():
+    for horizon in (5, 20, 50, 100, 200, 500):
+        variant = "cartpole" if horizon == 100 else f"horizon_{horizon}"  # 100 is the default
+        firsts = [run[0] for run in runs[variant].values()]
         row = {"row": f"horizon {horizon}, iteration 1", "seeds": len(firsts)}
         row |= columns("return", interval([x["eval/return"] for x in firsts]))
         rows.append(row | {"imagined": f"{np.mean([x['charts/imagined_return'] for x in firsts]):.5g}"})
-    for row in rows[len(runs) :]:
-        print(", ".join(f"{name} {x}" for name, x in row.items()))
     return rows
 
 
-def horizons(runs: dict[str, dict[int, Run]]) -> dict[int, Run]:
-    """By horizon of imagination, the first iteration of each seed; 100 is the default."""
-    variants = {100: "cartpole"} | {h: f"horizon_{h}" for h in (5, 20, 50, 200, 500)}
-    return {h: [run[0] for run in runs[variants[h]].values()] for h in sorted(variants)}
-
-
-def save(figure: plt.Figure, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / name, dpi=80)
-    plt.close(figure)
-    print(f"wrote docs/{name}")
+def value_at(run: Run, step: float) -> float:
+    """The return of the last evaluation until then; a run that has stopped keeps its last value."""
+    return [row["eval/return"] for row in run if row["global_step"] <= step or row is run[0]][-1]
 
 
 def draw_curves(runs: dict[str, dict[int, Run]]) -> None:
-    """The mean over seeds; a run that has stopped keeps its last value."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
     for axis, (env_id, variants) in zip(axes, CURVES.items(), strict=True):
-        for variant, colour, label in variants:
+        for variant in variants:
             own = runs[variant].values()
             x = sorted({row["global_step"] for run in own for row in run})
-            values = [
-                [[r for r in run if r["global_step"] <= t or r is run[0]][-1]["eval/return"] for t in x] for run in own
-            ]
-            mean, low, high = np.array([interval(list(column)) for column in np.array(values).T]).T
-            axis.plot(x, mean, color=colour, label=f"{label} ({len(own)} seeds)", marker="o", ms=3)
-            axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-        axis.axhline(GOALS[env_id], color="black", lw=0.8, ls=":")
+            values = np.array([[value_at(run, step) for step in x] for run in own])  # (seeds, steps)
+            draw_mean(axis, x, values, f"{variant} (seeds: {len(own)})", marker="o", markersize=3)
+        axis.axhline(GOALS[env_id], color="black", linestyle=":")
         axis.set(title=env_id, xlabel="real steps", ylabel="return of the greedy policy")
         axis.legend(fontsize=7, loc="lower right")
     axes[0].set(xscale="log", ylim=(0, 520))
-    save(figure, "world_model_curves.png")
+    save(figure, "world_model_curves")
 
 
 def draw_limits(runs: dict[str, dict[int, Run]]) -> None:
-    figure, (errors, gaps, horizon, noise) = plt.subplots(1, 4, figsize=(18, 4))
-    colours = {"cartpole": RED, "cartpole_single": ORANGE, "pendulum": BLUE, "acrobot": GREEN, "gp": PURPLE}
-    for variant, colour in colours.items():
-        lasts, points = [run[-1] for run in runs[variant].values()], []
-        for h in (1, 5, 10, 20, 50, 100, 200, 500):
-            values = [row[f"model/error_at_{h}"] for row in lasts if f"model/error_at_{h}" in row]
-            if values:
-                points.append((h, math.exp(np.mean(np.log(values)))))
-        errors.plot(*zip(*points, strict=True), marker="o", ms=3, color=colour, label=variant)
-    errors.axhline(1, color="black", lw=0.8, ls=":")
+    figure, (errors, gaps) = plt.subplots(1, 2, figsize=(11, 4))
+    for variant in ("cartpole", "cartpole_single", "pendulum", "acrobot", "gp"):
+        points = defaultdict(list)
+        for run in runs[variant].values():
+            for name, value in run[-1].items():
+                if name.startswith("model/error_at_"):
+                    points[int(name.rsplit("_", 1)[1])].append(math.log(value))
+        errors.plot(sorted(points), [math.exp(np.mean(points[h])) for h in sorted(points)], marker=".", label=variant)
     errors.set(title="open-loop error", xscale="log", yscale="log", xlabel="steps imagined without a look")
     errors.set(ylabel="error of s, in units of its spread")
-    for variant, colour in (("cartpole", RED), ("cartpole_single", ORANGE), ("cartpole_never_stop", BLUE)):
+    for variant in ("cartpole", "cartpole_single", "cartpole_never_stop"):
         points = [(r["eval/return"], r["charts/imagined_return"]) for run in runs[variant].values() for r in run]
-        gaps.scatter(*zip(*points, strict=True), s=10, alpha=0.5, color=colour, label=variant)
-    gaps.plot([0, 500], [0, 500], color="black", lw=0.8, ls=":")
+        gaps.scatter(*zip(*points, strict=True), s=10, alpha=0.5, label=variant)
+    gaps.plot([0, 500], [0, 500], color="black", linestyle=":")
     gaps.set(title="the exploitation gap", xlabel="real return", ylabel="imagined return")
-    for key, style in (("eval/return", "-"), ("charts/imagined_return", ":")):
-        kind = "real" if style == "-" else "imagined"
-        points = [(h, *interval([row[key] for row in firsts])) for h, firsts in horizons(runs).items()]
-        x, y, low, high = np.array(points).T
-        horizon.errorbar(x, y, (y - low, high - y), marker="o", ms=3, ls=style, color=RED, label=f"{kind} return")
-        for model, colour in (("ensemble", RED), ("deterministic", BLUE)):
-            lasts = {p: [run[-1][key] for run in runs[f"noise_{p}_{model}"].values()] for p in (0.0, 0.2, 0.4)}
-            x, y, low, high = np.array([(p, *interval(values)) for p, values in lasts.items()]).T
-            noise.errorbar(
-                x, y, (y - low, high - y), marker="o", ms=3, ls=style, color=colour, label=f"{model}, {kind}"
-            )
-    horizon.set(title="200 real steps, one iteration", xscale="log", xlabel="horizon of imagination", ylabel="return")
-    noise.set(title="600 real steps, noisy actions", xlabel="share of random actions", ylabel="return")
-    for axis in (errors, gaps, horizon, noise):
-        axis.legend(fontsize=7)
-    save(figure, "world_model_limits.png")
+    errors.legend(fontsize=7)
+    gaps.legend(fontsize=7)
+    save(figure, "world_model_limits")
 
 
-def draw_trajectories() -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(13, 5), sharex="row")
-    lines: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-    for row in read_rows(RESULTS / "world_model_trajectories.csv"):
-        key = (row["env_id"], row["episode"], row["kind"], row["particle"])
-        lines.setdefault(key, []).append((float(row["t"]), float(row["x"])))
-    names = {"CartPole-v1": "angle of the pole", "Pendulum-v1": "cos θ"}
-    for (env_id, episode, kind, particle), points in lines.items():
-        axis = axes[[*names].index(env_id), int(episode)]
-        style = {"color": "black", "lw": 1.5, "zorder": 3} if kind == "real" else {"color": RED, "lw": 0.7}
-        axis.plot(*zip(*points, strict=True), label=kind if particle == "0" else None, **style)
-        axis.set(xlabel="step", ylabel=f"{env_id}: {names[env_id]}" if episode == "0" else "")
-    axes[0, 0].legend(fontsize=7)
-    save(figure, "world_model_trajectories.png")
-
-
-def print_likelihood() -> None:
-    print("| environment | points | model | log density | median | 90 % intervals hold | error |")
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for row in read_rows(RESULTS / "world_model_likelihood.csv"):
-        groups.setdefault((row["env_id"], row["points"], row["model"]), []).append(row)
-    for key, own in groups.items():
-        names = ("log_density", "median_log_density", "coverage_90", "rmse")
-        a, b, c, d = (np.mean([float(row[name]) for row in own]) for name in names)
-        print(f"| {' | '.join(key)} | {a:.2f} | {b:.2f} | {100 * c:.0f} % | {d:.4f} |")
+def main() -> None:
+    runs = read_runs()
+    rows = table(runs)
+    for row in rows:
+        show(row)
+    write_rows(rows, "world_model_summary.csv")
+    draw_curves(runs)
+    draw_limits(runs)
 
 
 if __name__ == "__main__":
-    runs = read_runs()
-    write_rows(table(runs), "world_model_summary.csv")
-    draw_curves(runs)
-    draw_limits(runs)
-    draw_trajectories()
-    print_likelihood()
+    tyro.cli(main, description=__doc__)
