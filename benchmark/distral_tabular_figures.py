@@ -9,19 +9,16 @@ docs/distral_tabular.png. Scores: 0 is random play, 1 the optimum (discounted re
 tasks). Steps: those until the score of the π_i is .9, the whole budget if it never is. Intervals: 95 %, Student's t.
 """
 
+import itertools
 import pathlib
 import shlex
 import sys
 from typing import Any
 
-import matplotlib
 import numpy as np
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, write_rows
-from curves import ratio
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
+from curves import draw_mean, plt, ratio, save
 
 sys.path.insert(0, str(ROOT))
 import distral_tabular as script
@@ -50,38 +47,35 @@ SETTINGS = {
 }
 SOURCE = "distral_1_beta50"
 KEYS = ("eval/greedy", "eval/policy", "eval/distilled", "eval/going_on")
-RED, BLUE, GREY = "#c03a2b", "#1f6fb4", "#888888"
+DRAWN = ("distral_1_beta50", "uniform_1_beta50", "independent_beta50", "distral_1_beta5", "independent_beta5")
+MOVES = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}  # x, y
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0)
 
 
 def train(name: str) -> list[dict[str, Any]]:
-    """One setting: a row a seed and evaluation."""
+    """One setting: a row a seed and evaluation. SOURCE comes before those that take its π_0."""
     flags = SETTINGS[name]
     if "PRIOR" in flags:
-        found = [*pathlib.Path("runs").glob(f"*__{STUDY}-{SOURCE}__1__*/agent.npz")]
-        if not found:
-            train(SOURCE)
-            found = [*pathlib.Path("runs").glob(f"*__{STUDY}-{SOURCE}__1__*/agent.npz")]
-        flags = flags.replace("PRIOR", str(found[-1]))
+        *_, path = sorted(pathlib.Path("runs").glob(f"*__{STUDY}-{SOURCE}__1__*/agent.npz"))
+        flags = flags.replace("PRIOR", str(path))
     out = script.main(tyro.cli(script.Args, args=shlex.split(f"{BASE} {flags} --exp-name {STUDY}-{name}")))
     if name == SOURCE:
         write_prior(np.exp(out["log_prior"]))
     rows = []
-    for row in out["rows"]:
-        for e in range(20):
-            values = {key: round(float(row[key][e]), 5) for key in KEYS}
-            rows.append({"variant": name, "seed": 1 + e, "global_step": row["global_step"]} | values)
+    for row, e in itertools.product(out["rows"], range(20)):
+        values = {key: round(float(row[key][e]), 5) for key in KEYS}
+        rows.append({"variant": name, "seed": 1 + e, "global_step": row["global_step"]} | values)
     return rows
 
 
 def write_prior(prior: np.ndarray) -> None:
     """π_0 (E, S, A), the mean over the seeds, a row a state."""
     cells, _, _ = script.read_rooms()
-    names, rows = ("up", "down", "left", "right"), []
-    for s, probability in enumerate(prior.mean(0)):
+    rows = []
+    for s, probabilities in enumerate(prior.mean(0)):
         y, x = cells[s // 5]
-        rows.append({"row": y, "column": x, "previous": ("none", *names)[s % 5]})
-        rows[-1] |= {name: round(float(p), 5) for name, p in zip(names, probability, strict=True)}
+        row = {"row": y, "column": x, "previous": ("none", *MOVES)[s % 5]}
+        rows.append(row | {name: round(float(p), 5) for name, p in zip(MOVES, probabilities, strict=True)})
     write_rows(rows, f"{STUDY}_prior.csv")
 
 
@@ -116,10 +110,9 @@ def exact_distral(seed: int, alpha: float, beta: float = 5.0, gamma: float = 0.9
 
 def exact_sweep() -> None:
     rows = []
-    for alpha in ALPHAS:
-        for seed in (1, 2, 3):
-            going_on, score = exact_distral(seed, alpha)
-            rows.append({"alpha": alpha, "seed": seed, "going_on": round(going_on, 5), "policy": round(score, 5)})
+    for alpha, seed in itertools.product(ALPHAS, (1, 2, 3)):
+        going_on, score = exact_distral(seed, alpha)
+        rows.append({"alpha": alpha, "seed": seed, "going_on": round(going_on, 5), "policy": round(score, 5)})
     write_rows(rows, f"{STUDY}_exact.csv")
 
 
@@ -159,66 +152,40 @@ def summary(data: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
         for key in KEYS:
             values, short = table[key][:, -1], key.removeprefix("eval/")
             row |= {f"final_{short}": round(values.mean(), 4), f"final_{short}_half": round(half_interval(values), 4)}
-        rows.append(row)
-        print(", ".join(f"{column} {value}" for column, value in row.items()))
+        rows.append(show(row))
     return rows
 
 
 def draw(data: dict[str, dict[str, np.ndarray]]) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7.4), height_ratios=(1.4, 1))
-    for name, colour, style, label in (
-        ("distral_1_beta50", RED, "-", r"Distral, $\beta$ = 50"),
-        ("uniform_1_beta50", BLUE, "-", r"π_0 frozen at uniform, $\beta$ = 50"),
-        ("independent_beta50", GREY, "-", r"independent, $\beta$ = 50"),
-        ("distral_1_beta5", RED, "--", r"Distral, $\beta$ = 5"),
-        ("independent_beta5", GREY, "--", r"independent, $\beta$ = 5"),
-    ):
-        x, values = data[name]["global_step"], data[name]["eval/policy"]
-        half = np.array([half_interval(column) for column in values.T])
-        axes[0, 0].plot(x, values.mean(0), style, color=colour, label=label)
-        axes[0, 0].fill_between(x, values.mean(0) - half, values.mean(0) + half, color=colour, alpha=0.15, lw=0)
-    axes[0, 0].axhline(0.9, color="black", lw=0.7, ls=":")
-    axes[0, 0].set(xlabel="steps in each task", ylabel="score of π_i", ylim=(-0.1, 1.02))
+    figure, ((curves, sweep), arrows) = plt.subplots(2, 2, figsize=(12, 7.4), height_ratios=(1.4, 1))
+    for name in DRAWN:
+        draw_mean(curves, data[name]["global_step"], data[name]["eval/policy"], name)
+    curves.axhline(0.9, color="black", linestyle=":")
+    curves.set(xlabel="steps in each task", ylabel="score of π_i", ylim=(-0.1, 1.02))
     rows = [{k: float(v) for k, v in row.items()} for row in read_rows(RESULTS / f"{STUDY}_exact.csv")]
-    for key, colour, label in (("going_on", RED, "π_0 goes on in the corridor"), ("policy", BLUE, "score of π_i")):
+    for key, colour, label in (("going_on", "C0", "π_0 goes on in the corridor"), ("policy", "C1", "score of π_i")):
         means = [np.mean([row[key] for row in rows if row["alpha"] == alpha]) for alpha in ALPHAS]
-        axes[0, 1].plot(ALPHAS, means, "o-", ms=4, color=colour, label=f"{label} (exact)")
-        for alpha in (0.5, 0.8, 1.0):
-            learned = data[f"distral_{alpha:g}_beta5"][f"eval/{key}"][:, -1].mean()
-            axes[0, 1].plot(alpha, learned, "x", ms=8, mew=2, color=colour)
-    axes[0, 1].axvline(1 - 0.1 * 5 / np.log(4), color="black", lw=0.7, ls=":")
-    axes[0, 1].set(title="β = 5: exact iteration, and learned (crosses)", xlabel=r"$\alpha$", ylim=(-0.1, 1.02))
-    for axis, previous in zip(axes[1], ("right", "left"), strict=True):
-        draw_arrows(axis, previous)
-    for axis in axes[0]:
-        axis.legend(fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / f"{STUDY}.png", dpi=90)
-    print(f"wrote docs/{STUDY}.png")
-
-
-def draw_arrows(axis: Any, previous: str) -> None:
-    """π_0 over the two rooms, for who came by `previous`: an arrow's length is its probability."""
-    axis.set_facecolor("#3a3a42")
-    directions = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
-    style = {"width": 0.06, "head_width": 0.2, "head_length": 0.14, "length_includes_head": True, "ec": "none"}
-    for row in read_rows(RESULTS / f"{STUDY}_prior.csv"):
-        if row["previous"] != previous:
-            continue
-        x, y = int(row["column"]), int(row["row"])
-        axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fc="#f3f8ee", ec="#d8ded0", lw=0.8))
-        for name, (dx, dy) in directions.items():
-            p = float(row[name])
-            length = 0.13 + 0.35 * p
-            if p > 0.03:
-                colour = RED if name == previous else BLUE
-                axis.arrow(x, y, dx * length, dy * length, fc=colour, alpha=0.25 + 0.75 * p, **style)
-    axis.set(xlim=(-0.8, 12.8), ylim=(4.8, -0.8), aspect="equal", xticks=[], yticks=[])
-    axis.set_title(f"π_0(a | place, last action = {previous}); red: goes on")
+        sweep.plot(ALPHAS, means, "o-", color=colour, label=f"{label} (exact)")
+        learned = [data[f"distral_{alpha:g}_beta5"][f"eval/{key}"][:, -1].mean() for alpha in (0.5, 0.8, 1.0)]
+        sweep.plot((0.5, 0.8, 1.0), learned, "x", color=colour, label="learned")
+    sweep.axvline(1 - 0.1 * 5 / np.log(4), color="black", linestyle=":")
+    sweep.set(title="β = 5", xlabel=r"$\alpha$", ylim=(-0.1, 1.02))
+    curves.legend(fontsize=8)
+    sweep.legend(fontsize=8)
+    for axis, previous in zip(arrows, ("right", "left"), strict=True):  # an arrow's length is its probability
+        rows = [row for row in read_rows(RESULTS / f"{STUDY}_prior.csv") if row["previous"] == previous]
+        x, y = (np.array([int(row[name]) for row in rows]) for name in ("column", "row"))
+        for name, (dx, dy) in MOVES.items():
+            p = np.array([float(row[name]) for row in rows])
+            colour = "C3" if name == previous else "C0"
+            axis.quiver(x, y, dx * p, dy * p, color=colour, angles="xy", scale_units="xy", scale=2, width=0.005)
+        axis.set(aspect="equal", xlim=(-1, 13), ylim=(5, -1), xticks=[], yticks=[])
+        axis.set_title(f"π_0(a | place, last action = {previous}); red: goes on")
+    save(figure, STUDY)
 
 
 def main(report_only: bool = False) -> None:
+    """Train what is missing, if not told to --report-only; then the table and the figure."""
     if not report_only:
         results = RESULTS / f"{STUDY}.csv"
         rows: list[dict[str, Any]] = read_rows(results) if results.exists() else []
