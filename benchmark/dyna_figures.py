@@ -4,28 +4,23 @@
     OMP_NUM_THREADS=1 python benchmark/dyna_figures.py --parts sweeping frozenlake sokoban --seeds 30
 
 Each part has a file benchmark/results/dyna_q_PART.csv with a row for each method and seed, its lines of
-dyna_q_summary.csv, and (the first four) a figure in docs/. A run whose row is in the file isn't repeated. Seeds are 1
-to `--seeds`. Intervals are 95 %, Student's t over the seeds.
+dyna_q_summary.csv, and (maze, changing, frozenlake) a figure in docs/. A run whose row is in the file isn't repeated.
+Seeds are 1 to `--seeds`. Intervals are 95 %, Student's t over the seeds.
 """
 
 import math
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
-import matplotlib
 import numpy as np
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, write_rows
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
+from curves import draw_mean, plt, save
 
 sys.path.insert(0, str(ROOT))
-
 import dyna_q
 
 # The independent implementation that figure 8.2 is held against: mean steps by K and episode, over 30 seeds
@@ -35,14 +30,7 @@ REFERENCE = {
     50: {2: 38.7, 3: 17.6, 5: 17.0, 10: 16.8, 20: 16.8, "last 10": 17.0},
 }
 SHORTEST = 14  # steps of the Dyna maze
-GREY, BLUE, RED, GREEN = "#888888", "#1f6fb4", "#c03a2b", "#2c8a4b"
 Values = dict[str, np.ndarray]  # by method: a row of numbers for each seed
-
-
-@dataclass
-class Args:
-    parts: tuple[str, ...] = ("maze", "changing", "sweeping", "frozenlake", "sokoban")  # which to run
-    seeds: int = 100  # seeds 1 to N of every method
 
 
 def train(seed: int, watch: Callable | None = None, **flags: Any) -> dict[str, Any]:
@@ -70,23 +58,9 @@ def summarize(part: str, lines: dict[str, Any]) -> None:
         row = {"part": part, "what": what, "value": f"{np.mean(values):.6g}"}
         if np.ndim(values):
             row |= {"half_interval": f"{half_interval(values):.4g}", "seeds": len(values)}
-        rows.append(row)
-        print(" ".join(str(x) for x in row.values()))
+        rows.append(show(row))
     others = [row for row in read_rows(path) if row["part"] != part] if path.exists() else []
-    write_rows(sorted(others + rows, key=lambda row: Args().parts.index(row["part"])), path.name)
-
-
-def band(axis: plt.Axes, x: Any, values: np.ndarray, colour: str, label: str, style: str = "-") -> None:
-    """The mean over the seeds and its interval."""
-    mean, half = values.mean(0), np.array([half_interval(column) for column in values.T])
-    axis.plot(x, mean, style, color=colour, label=label)
-    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.2, lw=0)
-
-
-def save(figure: plt.Figure, part: str) -> None:
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / f"dyna_q_{part}.png", dpi=110)
-    plt.close(figure)
+    write_rows(sorted(others + rows, key=lambda row: [*PARTS].index(row["part"])), path.name)
 
 
 def greedy_path(Q: list[list[float]], ids: dict[Any, int]) -> float:
@@ -133,17 +107,13 @@ def maze(seeds: int) -> None:
             lines[f"{rule}, K = {K}: share of greedy paths of 14, the shortest"] = float((greedy <= SHORTEST).mean())
     summarize("maze", lines)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, rule, title in zip(axes, ("visited", "q"), ("any tried action", "by Q"), strict=True):
-        for K, colour in ((0, GREY), (5, BLUE), (50, RED)):
-            method = f"{rule if K else 'visited'}, K = {K}"
-            band(axis, range(2, 51), values[method][:, 1:50], colour, f"K = {K}")
-        axis.axhline(SHORTEST, color="black", lw=0.8, ls=":")
-        axis.set(title=f"Planning picks {title}", xlabel="episode", ylim=(0, 800), xlim=(2, 50))
-        axis.set_yscale("symlog", linthresh=20)
-        axis.set_yticks([0, 14, 20, 50, 100, 200, 400, 800], ["0", "14", "20", "50", "100", "200", "400", "800"])
+    for axis, rule in zip(axes, ("visited", "q"), strict=True):
+        for method in ("visited, K = 0", f"{rule}, K = 5", f"{rule}, K = 50"):
+            draw_mean(axis, range(2, 51), values[method][:, 1:50], method)
+        axis.axhline(SHORTEST, color="black", linestyle=":")
+        axis.set(xlabel="episode", ylabel="steps in the episode", yscale="log")
         axis.legend()
-    axes[0].set_ylabel("steps in the episode")
-    save(figure, "maze")
+    save(figure, "dyna_q_maze")
 
 
 # ----------------------------------------------------------------------------------------------- figures 8.4 and 8.5
@@ -159,31 +129,26 @@ def changing_run(seed: int, total_timesteps: int, **flags: Any) -> list[float]:
 def changing(seeds: int) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     lines = {}
-    for axis, maze_name, kappa, K, total, change in (
-        (axes[0], "Blocking", 1e-4, 10, 3000, 1000),
-        (axes[1], "Shortcut", 1e-3, 50, 6000, 3000),
-    ):
-        flags = {"env_id": f"{maze_name}Maze-v0", "planning_steps": K, "total_timesteps": total}
-        methods = {
-            f"{maze_name}, {rule}, {name}": flags | {"planning_action": rule, "kappa": k}
-            for rule in ("visited", "q")
-            for name, k in (("Dyna-Q", 0.0), ("Dyna-Q+", kappa))
-        }
+    mazes = (("Blocking", 1e-4, 10, 3000, 1000), ("Shortcut", 1e-3, 50, 6000, 3000))
+    for axis, (name, kappa, K, total, change) in zip(axes, mazes, strict=True):
+        flags = {"env_id": f"{name}Maze-v0", "planning_steps": K, "total_timesteps": total}
+        methods = {}
+        for rule in ("visited", "q"):
+            methods[f"{name}, {rule}, Dyna-Q"] = flags | {"planning_action": rule, "kappa": 0.0}
+            methods[f"{name}, {rule}, Dyna-Q+"] = flags | {"planning_action": rule, "kappa": kappa}
         for method, reward in study("changing", changing_run, methods, seeds).items():
-            if maze_name == "Blocking":
+            if name == "Blocking":
                 lines |= {f"{method}: reward at {step}": reward[:, step // 100] for step in (1000, 3000)}
             else:
                 late = 1000 / np.maximum(reward[:, -1] - reward[:, -11], 1)
                 lines[f"{method}: steps a reward after the opening"] = 3000 / (reward[:, -1] - reward[:, 30])
                 lines[f"{method}: share with <= 14.5 in the last 1000 steps"] = float((late <= 14.5).mean())
-            colour = RED if method.endswith("+") else BLUE
-            band(axis, range(0, total + 1, 100), reward, colour, method, "--" if ", q," in method else "-")
-        axis.axvline(change, color="black", lw=0.8, ls=":")
-        axis.set(title=f"{maze_name} maze, K = {K}, κ = {kappa:g}", xlabel="real steps", xlim=(0, total))
+            draw_mean(axis, range(0, total + 1, 100), reward, method)
+        axis.axvline(change, color="black", linestyle=":")
+        axis.set(title=f"K = {K}, κ = {kappa:g}", xlabel="real steps", ylabel="cumulative reward")
         axis.legend()
-    axes[0].set_ylabel("cumulative reward")
     summarize("changing", lines)
-    save(figure, "changing")
+    save(figure, "dyna_q_changing")
 
 
 # ------------------------------------------------------------------------------------------------ prioritised sweeping
@@ -205,20 +170,13 @@ def sweeping_run(seed: int, **flags: Any) -> list[float]:
 def sweeping(seeds: int) -> None:
     methods = {"prioritised sweeping": {"prioritized": True}, "Dyna-Q, visited": {"planning_action": "visited"}}
     values, lines = study("sweeping", sweeping_run, methods | {"Dyna-Q, by Q": {}}, seeds), {}
-    figure, axis = plt.subplots(figsize=(6.5, 4))
-    for (method, value), colour in zip(values.items(), (GREEN, BLUE, RED), strict=True):
+    for method, value in values.items():
         backups, steps = value.T
         lines[f"{method}: backups"] = backups
         lines[f"{method}: backups, median"] = float(np.median(backups))
         lines[f"{method}: real steps, median"] = float(np.median(steps))
         lines[f"{method}: seeds that missed"] = int((backups >= 50_000).sum())
-        there = [0, *sorted(backups[backups < 50_000])]
-        axis.step(there, np.arange(len(there)) / seeds, where="post", color=colour, label=method)
-    axis.set(xscale="symlog", xlabel="backups", ylabel="share of seeds with a shortest greedy path", ylim=(0, 1))
-    axis.set_xlim(100, 50_000)
-    axis.legend()
     summarize("sweeping", lines)
-    save(figure, "sweeping")
 
 
 # ---------------------------------------------------------------------------------------------------------- FrozenLake
@@ -272,19 +230,18 @@ def frozenlake(seeds: int) -> None:
     }
     lines: dict[str, Any] = {"success rate of the optimal policy within 100 steps, exact": best}
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    values = study("frozenlake", lake_run, methods, seeds)
-    for (method, rates), colour in zip(values.items(), (GREY, "black", RED, GREEN), strict=True):
-        band(axis, np.arange(1, 121) * 250, rates, colour, method)
+    for method, rates in study("frozenlake", lake_run, methods, seeds).items():
+        draw_mean(axis, np.arange(1, 121) * 250, rates, method)
         lines[f"{method}: success rate, mean of the last 5000 of 30000 steps"] = rates[:, -20:].mean(1)
         good = np.lib.stride_tricks.sliding_window_view(rates >= best - 0.02, 5, axis=1).all(-1)  # five in a row
         steps = [250 * (row.argmax() + 1) if row.any() else math.inf for row in good]
         lines[f"{method}: real steps to within 2 points of it, median"] = statistics.median(steps)
         lines[f"{method}: seeds that get there"] = sum(map(math.isfinite, steps))
-    axis.axhline(best, color="black", lw=0.8, ls=":", label="optimal policy, exact")
-    axis.set(xlabel="real steps", ylabel="success rate of the greedy policy, exact", ylim=(0, 0.8), xlim=(0, 30_000))
+    axis.axhline(best, color="black", linestyle=":", label="optimal policy")
+    axis.set(xlabel="real steps", ylabel="success rate of the greedy policy, exact")
     axis.legend()
     summarize("frozenlake", lines)
-    save(figure, "frozenlake")
+    save(figure, "dyna_q_frozenlake")
 
 
 # ------------------------------------------------------------------------------------------------------------- Sokoban
@@ -305,7 +262,14 @@ def sokoban(seeds: int) -> None:
     summarize("sokoban", {f"{method}: real steps, median": float(np.median(v)) for method, v in values.items()})
 
 
+PARTS = {"maze": maze, "changing": changing, "sweeping": sweeping, "frozenlake": frozenlake, "sokoban": sokoban}
+
+
+def main(parts: tuple[str, ...] = tuple(PARTS), seeds: int = 100) -> None:
+    """Run these parts, with seeds 1 to N of every method."""
+    for part in parts:
+        PARTS[part](seeds)
+
+
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    for part in args.parts:
-        globals()[part](args.seeds)
+    tyro.cli(main)

@@ -10,32 +10,21 @@ are geometric means, with 95 % intervals (Student's t on the logarithms, ratios 
 """
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, write_rows
-from curves import ratio
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
+from curves import draw_mean, plt, ratio, save
 
 sys.path.insert(0, str(ROOT))
-
 import dyna_dqn
 
 GOALS = {"cartpole": 475.0, "acrobot": -100.0}
-COLOURS = {"none": "#888888", "replay": "#1f6fb4", "model": "#c03a2b"}
 COARSE = 2500  # real steps between the evaluations of CleanRL's settings
+ERRORS = ("delta_error", "reward_error", "termination_error")
 Curve = list[tuple[int, float]]  # real steps, mean return of an evaluation
-
-
-@dataclass
-class Args:
-    agents: tuple[str, ...] = ()  # measure the models of these agent.pt instead
 
 
 def read_curves() -> dict[str, dict[int, Curve]]:
@@ -49,7 +38,7 @@ def read_curves() -> dict[str, dict[int, Curve]]:
     return curves
 
 
-def steps_to(curve: Curve, goal: float, every: int = 1) -> tuple[int, bool]:
+def steps_to(curve: Curve, goal: float, every: int) -> tuple[int, bool]:
     """Real steps to the first evaluation, of those at multiples of `every`, that meets the goal, and whether one does.
 
     Without one: all steps of the run.
@@ -68,45 +57,40 @@ def columns(name: str, own: dict[int, int], others: dict[int, int]) -> dict[str,
 
 
 def table(curves: dict[str, dict[int, Curve]]) -> list[dict[str, Any]]:
-    rows, fine, coarse = [], {}, {}
+    steps: dict[tuple[str, int], dict[int, int]] = {}  # by variant and `every`, of each seed
+    reached: dict[tuple[str, int], int] = {}  # how many seeds get there
     for variant, runs in curves.items():
-        goal = GOALS[variant.split("-")[0]]
-        fine[variant] = {seed: steps_to(curve, goal) for seed, curve in runs.items()}
-        coarse[variant] = {seed: steps_to(curve, goal, COARSE) for seed, curve in runs.items()}
-    steps, coarse_steps = ({v: {s: n for s, (n, _) in r.items()} for v, r in x.items()} for x in (fine, coarse))
+        for every in (1, COARSE):
+            ends = {seed: steps_to(curve, GOALS[variant.split("-")[0]], every) for seed, curve in runs.items()}
+            steps[variant, every] = {seed: n for seed, (n, _) in ends.items()}
+            reached[variant, every] = sum(there for _, there in ends.values())
+    rows = []
     for variant, runs in curves.items():
         env, mode = variant.split("-")
         row = {"variant": variant, "goal": GOALS[env], "seeds": len(runs)}
         row["budget"] = max(curve[-1][0] for curve in runs.values())
-        row["reached"] = sum(ok for _, ok in fine[variant].values())
-        row["reached_coarse"] = sum(ok for _, ok in coarse[variant].values())
-        row |= columns("steps", steps[variant], dict.fromkeys(runs, 1))
+        row |= {"reached": reached[variant, 1], "reached_coarse": reached[variant, COARSE]}
+        row |= columns("steps", steps[variant, 1], dict.fromkeys(runs, 1))
         if mode != "cleanrl":
-            row |= columns("cleanrl_ratio", coarse_steps[f"{env}-cleanrl"], coarse_steps[variant])
+            row |= columns("cleanrl_ratio", steps[f"{env}-cleanrl", COARSE], steps[variant, COARSE])
             last = [np.mean([value for _, value in curve[-4:]]) for curve in runs.values()]
             row |= {"last_return": f"{np.mean(last):.4g}", "last_half_interval": f"{half_interval(last):.3g}"}
         if mode == "model":
-            row |= columns("replay_ratio", steps[f"{env}-replay"], steps[variant])
-        rows.append(row)
+            row |= columns("replay_ratio", steps[f"{env}-replay", 1], steps[variant, 1])
+        rows.append(show(row))
     return rows
 
 
 def draw(curves: dict[str, dict[int, Curve]]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, (env, goal), title in zip(axes, GOALS.items(), ("CartPole-v1", "Acrobot-v1"), strict=True):
-        for mode, colour in COLOURS.items():
-            runs = curves[f"{env}-{mode}"]
-            steps = [step for step, _ in next(iter(runs.values()))]
-            values = np.array([[value for _, value in curve] for curve in runs.values()])  # (seeds, evaluations)
-            mean, half = values.mean(0), np.array([half_interval(column) for column in values.T])
-            axis.plot(steps, mean, color=colour, label=mode)
-            axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, lw=0)
-        axis.axhline(goal, color="black", lw=0.8, ls=":")
-        axis.set(title=title, xlabel="real steps", ylabel="return of the greedy policy")
+    for axis, (env, goal) in zip(axes, GOALS.items(), strict=True):
+        for mode in ("none", "replay", "model"):
+            runs = np.array([*curves[f"{env}-{mode}"].values()])  # (seeds, evaluations, 2)
+            draw_mean(axis, runs[0, :, 0], runs[:, :, 1], mode)
+        axis.axhline(goal, color="black", linestyle=":")
+        axis.set(title=env, xlabel="real steps", ylabel="return of the greedy policy")
         axis.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "dyna_dqn.png", dpi=110)
-    print("wrote docs/dyna_dqn.png")
+    save(figure, "dyna_dqn")
 
 
 @torch.no_grad()
@@ -136,32 +120,26 @@ def model_errors(path: str) -> list[dict[str, Any]]:
         total += running * np.stack([squared, (reward[:, 0].numpy() - r) ** 2, end != terminated])
         count += running
         running &= ~(terminated | truncated)
-    columns = total / count
-    columns[:2] **= 0.5
-    names = ("delta_error", "reward_error", "termination_error")
-    return [
-        {"env_id": args.env_id, "seed": args.seed + e, "total_timesteps": args.total_timesteps}
-        | {name: f"{column[e]:.6g}" for name, column in zip(names, columns, strict=True)}
-        for e in range(args.num_seeds)
-    ]
+    errors = total / count
+    errors[:2] **= 0.5
+    rows = []
+    for e, values in enumerate(errors.T):
+        row = {"env_id": args.env_id, "seed": args.seed + e, "total_timesteps": args.total_timesteps}
+        rows.append(row | {name: f"{x:.6g}" for name, x in zip(ERRORS, values, strict=True)})
+    for name, values in zip(ERRORS, errors, strict=True):
+        print(f"{args.env_id}: {name} {np.mean(values):.3g} ± {half_interval(values):.2g}")
+    return rows
 
 
-def main(args: Args) -> None:
-    if args.agents:
-        rows = [row for path in args.agents for row in model_errors(path)]
-        for name in {row["env_id"]: 0 for row in rows}:
-            for column in ("delta_error", "reward_error", "termination_error"):
-                values = [float(row[column]) for row in rows if row["env_id"] == name]
-                print(f"{name}: {column} {np.mean(values):.3g} ± {half_interval(values):.2g}")
-        write_rows(rows, "dyna_dqn_model.csv")
+def main(agents: tuple[str, ...] = ()) -> None:
+    """The table and the figure of the runs; or, of each of the agent.pt given, the errors of its model."""
+    if agents:
+        write_rows([row for path in agents for row in model_errors(path)], "dyna_dqn_model.csv")
         return
     curves = read_curves()
-    rows = table(curves)
-    for row in rows:
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
-    write_rows(rows, "dyna_dqn_table.csv")
+    write_rows(table(curves), "dyna_dqn_table.csv")
     draw(curves)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

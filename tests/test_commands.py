@@ -63,7 +63,7 @@ PROGRAMS = {
     "benchmark/dyna_figures.py --parts maze": ("--seeds 2", "benchmark/results/dyna_q_maze.csv docs/dyna_q_maze.png"),
     "benchmark/dyna_figures.py --parts sweeping": (
         "--seeds 2",
-        "benchmark/results/dyna_q_sweeping.csv docs/dyna_q_sweeping.png",
+        "benchmark/results/dyna_q_sweeping.csv docs/dyna_q_frozenlake.png",
     ),
     "benchmark/dyna_neural.py": ("", "benchmark/results/dyna_dqn_table.csv docs/dyna_dqn.png"),
     "benchmark/run.py": (
