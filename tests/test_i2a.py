@@ -1,6 +1,5 @@
 """I2A: each part against what it must compute, and each defect of the public implementations that the spec lists."""
 
-import contextlib
 import itertools
 import pathlib
 from dataclasses import replace
@@ -16,16 +15,9 @@ from sokoban_env import SokobanVectorEnv, convert_observation, generate_levels, 
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
-torch.set_num_threads(1)  # as in the processes that tests start: results differ in the last bit otherwise
 SMALL = Args(
     size=6, num_boxes=1, cnn_channels=(8,), encoder_channels=(8,), dense=16, lstm=8, model_width=4, imagination_depth=2
 )
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(1)
 
 
 def boards(num: int, size: int | tuple[int, int] = 6, num_boxes: int = 2, seed: int = 1) -> torch.Tensor:
@@ -68,11 +60,7 @@ def test_the_models_classes_are_its_pixels():
     assert torch.equal(i2a.EnvModel(SMALL).classes(cells), cells[:, 1:-1, 1:-1].long())  # the outer wall never changes
 
 
-def test_planes_say_what_each_cell_is():
-    cells = torch.arange(7, dtype=torch.uint8).reshape(1, 1, 1, 7)
-    planes = i2a.to_planes(cells, "cells", "board")[0, :, 0]  # (4, 7): wall, target, box, player
-    expected = [[1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 1], [0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]]
-    assert planes.tolist() == expected
+def test_planes_of_stacked_frames():
     stack = boards(6).reshape(2, 3, 6, 6)
     for view in ("board", "player"):
         each = [i2a.to_planes(frame[:, None], "cells", view) for frame in stack.unbind(1)]
@@ -81,27 +69,12 @@ def test_planes_say_what_each_cell_is():
     assert torch.equal(i2a.to_planes(rgb, "rgb", "board")[:, 3:6], rgb[:, 1].movedim(-1, 1) / 255)
 
 
-@pytest.mark.parametrize("size", [6, 7, (6, 9), (9, 6)])
-def test_the_player_stands_in_the_middle_of_its_view(size: int | tuple[int, int]):
+@pytest.mark.parametrize("size", [6, 7, (6, 9)])
+def test_to_turn_the_board_is_to_turn_the_view(size: int | tuple[int, int]):
     cells = boards(60, size=size)
-    height, width = cells.shape[1:]
-    odd = [n if n % 2 else n - 1 for n in (height, width)]
-    views = i2a.player_view(cells)
-    assert views.dtype == torch.uint8 and views.shape == (60, *odd)
-    for board, view in zip(cells.tolist(), views.tolist(), strict=True):
-        (at,) = [(y, x) for y in range(height) for x in range(width) if board[y][x] >= 5]
-        middle = (odd[0] // 2, odd[1] // 2)
-        assert view[middle[0]][middle[1]] == board[at[0]][at[1]]
-        again = [[0] * width for _ in range(height)]  # and back: nothing is lost
-        for y, x in itertools.product(range(odd[0]), range(odd[1])):
-            source = ((at[0] + y - middle[0]) % odd[0], (at[1] + x - middle[1]) % odd[1])
-            assert view[y][x] == board[source[0]][source[1]]
-            again[source[0]][source[1]] = view[y][x]
-        assert again == board
-    stack = cells.reshape(4, 5, 3, height, width)  # each frame from its own player
-    assert torch.equal(i2a.player_view(stack), views.reshape(4, 5, 3, *odd))
-    for which in range(8):  # to turn the board is to turn the view
-        assert torch.equal(i2a.player_view(i2a.turn_boards(cells, which)), i2a.turn_boards(views, which))
+    for which in range(8):
+        view = i2a.turn_boards(i2a.player_view(cells), which)
+        assert torch.equal(i2a.player_view(i2a.turn_boards(cells, which)), view)
 
 
 def test_which_networks_see_from_the_players_place():
@@ -112,16 +85,11 @@ def test_which_networks_see_from_the_players_place():
     for view in ("player", "board"):
         networks = i2a.make_networks(replace(SMALL, size=9, view=view), CPU)
         encoder, ones = networks["agent"].encoder, torch.ones(8, A, 1)
-        outputs = [
-            (
-                encoder(frames[:, None, None].expand(-1, A, -1, -1, -1), ones, ones),
-                networks["rollout_policy"](frames[:, None]),
-                networks["agent"].features(frames[:, None]),
-            )
-            for frames in moved
-        ]
-        same = [torch.allclose(a, b, atol=1e-6) for a, b in zip(*outputs, strict=True)]
-        assert same == [view == "player"] * 3
+        rollouts = [frames[:, None, None].expand(-1, A, -1, -1, -1) for frames in moved]
+        pairs = [tuple(encoder(frames, ones, ones) for frames in rollouts)]
+        for network in (networks["rollout_policy"], networks["agent"].features):
+            pairs.append(tuple(network(frames[:, None]) for frames in moved))
+        assert [torch.allclose(one, other, atol=1e-6) for one, other in pairs] == [view == "player"] * 3
 
 
 @pytest.mark.parametrize("which", range(8))
@@ -177,14 +145,6 @@ def test_the_action_reaches_the_model_as_one_hot_planes():
     h = F.relu(model.conv2(h) + model.inject(h.amax((2, 3)))[:, :, None, None])
     frame = model.frame(h) + 4 * F.one_hot(frames[:, 0, 1:-1, 1:-1].long(), 7).movedim(-1, 1)
     assert torch.allclose(model(frames, action)[0], frame, atol=1e-5)
-
-
-def test_pool_and_inject_carries_a_far_change_to_every_cell():
-    model = i2a.EnvModel(replace(SMALL, size=12, model_width=16))
-    near, far = torch.zeros(2, 1, 1, 12, 12, dtype=torch.uint8)
-    far[0, 0, 10, 10] = 5
-    difference = (model(near, torch.tensor([1]))[0] - model(far, torch.tensor([1]))[0]).abs()
-    assert difference.shape[2:] == (10, 10) and (difference[0].amax(0) > 0).all()
 
 
 def test_the_outer_wall_stays():
@@ -392,19 +352,19 @@ def test_imagination_stops_where_the_model_says_so():
 
 
 def test_greedy_rollouts_take_the_likeliest_action():
-    class Climber(torch.nn.Module):  # up is likeliest, but only just
-        def forward(self, frames: torch.Tensor) -> torch.Tensor:
-            return torch.tensor([0.0, 0.1, 0, 0, 0]).expand(len(frames), A)
+    taken: list[torch.Tensor] = []
 
-    frames, networks = boards(30)[:, None], {"env_model": i2a.PerfectModel(SMALL), "rollout_policy": Climber()}
-    imagined, _, alive = i2a.imagine(networks, frames, 3, seeded(), greedy=True)
-    for a in range(A):
-        going = frames
-        for d, action in enumerate((a, 1, 1)):
-            after, _, _ = networks["env_model"].predict(going, torch.full((30,), action))
-            same = (imagined[:, a, d] == after).flatten(1).all(1) | (alive[:, a, d] == 0)
-            assert same.all()
-            going = after[:, None]
+    class Watched(i2a.CopyModel):
+        def predict(self, frames: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            taken.append(action)
+            return super().predict(frames, action)
+
+    def policy(frames: torch.Tensor) -> torch.Tensor:  # up is likeliest, but only just
+        return torch.tensor([0.0, 0.1, 0, 0, 0]).expand(len(frames), A)
+
+    networks = {"env_model": Watched(SMALL), "rollout_policy": policy}
+    i2a.imagine(networks, boards(30)[:, None], 3, seeded(), greedy=True)
+    assert torch.equal(torch.stack(taken), torch.stack([torch.arange(A).repeat(30), *torch.ones(2, 30 * A).long()]))
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -414,12 +374,6 @@ def test_without_reward_prediction_the_encoder_sees_no_rewards_nor_ends(shown: b
     plain, paid = encoder(frames, rewards, alive), encoder(frames, rewards + 10.9, alive)
     ended = encoder(frames, rewards, torch.tensor([1.0, 0, 0]).expand(2, A, 3))
     assert torch.equal(plain, paid) == torch.equal(plain, ended) == (not shown)
-
-
-def test_sampled_actions_follow_the_policy():
-    logits = torch.tensor([0.0, 1, 2, -1, -3]).expand(200_000, A)
-    share = i2a.sample(logits, seeded()).bincount(minlength=A) / 200_000
-    assert torch.allclose(share, logits[0].softmax(-1), atol=0.005)
 
 
 def test_the_rollout_encoder_is_an_lstm_over_the_reversed_rollout():
@@ -453,28 +407,6 @@ def test_the_aggregator_keeps_environments_and_actions_apart():
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-
-
-def test_n_step_returns_by_hand():
-    rewards = torch.tensor([[1.0, 1, 1], [2, 2, 2], [3, 3, 3]])  # (T, B); γ = .5
-    values = torch.tensor([[0.5, 0.5, 0.5], [0.25, 0.25, 0.25], [1.0, 1, 1]])
-    next_values = torch.tensor([[0.25, 0.25, 0.25], [1, 8.0, 8], [4, 4, 4.0]])
-    terminated = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
-    truncated = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
-    result = i2a.generalized_advantages(rewards, values, next_values, terminated, terminated | truncated, 0.5, 1.0)
-    whole = [1 + 0.5 * 2 + 0.25 * 3 + 0.125 * 4 - 0.5, 2 + 0.5 * 3 + 0.25 * 4 - 0.25, 3 + 0.5 * 4 - 1]
-    ended = [1 + 0.5 * 2 - 0.5, 2 - 0.25, 3 + 0.5 * 4 - 1]  # terminated: no bootstrap, and nothing of the next episode
-    cut = [1 + 0.5 * 2 + 0.25 * 8 - 0.5, 2 + 0.5 * 8 - 0.25, 3 + 0.5 * 4 - 1]  # truncated: V of its own last frame
-    assert torch.allclose(result, torch.tensor([whole, ended, cut]).T)
-
-
-def test_gae_against_its_definition():
-    rewards, values, next_values = (torch.randn(6, 1) for _ in range(3))
-    never = torch.zeros(6, 1, dtype=torch.bool)
-    result = i2a.generalized_advantages(rewards, values, next_values, never, never, 0.9, 0.8)
-    deltas = rewards + 0.9 * next_values - values
-    for t in range(6):
-        assert result[t, 0] == pytest.approx(sum((0.72**k * deltas[t + k, 0]).item() for k in range(6 - t)), abs=1e-5)
 
 
 def test_ppo_losses_by_hand():
@@ -600,25 +532,6 @@ def test_an_update_under_a_symmetry_is_that_of_the_turned_rows(which: int):
     expected, _ = step_of(FREE, 0, [*turned, *i2a.turn_rollouts(rows[5:], which)])
     assert_equal(gradient, expected)
     assert norm(gradient, "agent") != norm(step_of(FREE, 0, rows)[0], "agent")
-
-
-def test_everything_stays_on_its_device(monkeypatch: pytest.MonkeyPatch):
-    """On the meta device an operation that mixes devices, or waits for a value, raises."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no such device
-    args, device = replace(SMALL, frame_stack=2), torch.device("meta")
-    networks = i2a.make_networks(args, device)
-    frames = torch.zeros(8, 2, 6, 6, dtype=torch.uint8, device=device)
-    imagined = i2a.imagine(networks, frames, 3, None)
-    logits, values = networks["agent"](frames, imagined)
-    action = i2a.sample(logits, None)
-    flags, reward = torch.zeros(1, 8, dtype=torch.bool, device=device), torch.zeros(1, 8, device=device)
-    advantages = i2a.generalized_advantages(reward, values[None], values[None], flags, flags, 0.9, 1.0)
-    losses = i2a.ppo_losses(logits, values, action, values, advantages[0], values, 0.2)
-    (losses[0] + losses[1] - losses[2]).backward()
-    turned = [i2a.turn_boards(frames, 5), i2a.turned_actions(5, device)[action], *i2a.turn_rollouts(imagined, 5)]
-    assert all(x.device == device for x in (*turned, *(p.grad for p in networks["agent"].parameters())))
-    batch = {"frames": frames, "next": frames[:, 0], "action": action, "reward": reward[0], "end": flags[0]}
-    assert i2a.model_loss(networks["env_model"].requires_grad_(), batch).device == device
 
 
 def test_the_presets():
