@@ -31,9 +31,6 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-# --------------------------------------------------------------------------------------- nothing waits, nothing mixes
-
-
 def to_meta(envs: sokoban_env.SokobanVectorEnv) -> sokoban_env.SokobanVectorEnv:
     """The environment on the meta device, where tensors have no values: whatever asks for one raises."""
     for part in (envs, envs._pool):
@@ -89,6 +86,26 @@ def test_acting_and_updating_wait_for_nothing(changes: dict[str, Any], no_autoca
         assert i2a.model_loss(networks["env_model"], transitions).device == META
 
 
+@pytest.mark.parametrize(("kind", "stack"), [("cells", 1), ("tiny_rgb", 3), ("rgb", 1)])
+def test_resets_and_states_keep_to_their_device(kind: str, stack: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sokoban_env._Pool, "fill", lambda _: None)  # which waits
+    settings = {"size": 6, "num_boxes": 1, "observation": kind, "frame_stack": stack}
+    envs = sokoban_env.SokobanVectorEnv(4, device=META, **settings)
+    results = [envs.reset(seed=1), envs.step(torch.zeros(4, dtype=torch.int64, device=META)), envs.get_state()]
+    results += [envs.set_state(envs.get_state()), envs.reset(options={"levels": ["#####\n#@$.#\n#####"] * 4})]
+    boards = torch.zeros(4, 6, 6, dtype=torch.uint8, device=META)
+    results.append(sokoban_env.convert_observation(boards, "cells", kind))
+    assert {x.device for x in tensors(results)} == {META}
+
+
+def test_the_generator_keeps_to_its_device():
+    def where(*args: Any) -> Any:  # with one argument it waits
+        return torch.where(*args) if len(args) == 3 else (torch.zeros(3, dtype=torch.int64, device=META),)
+
+    levels, _ = sokoban_env._generate(Instead(torch, where=where), "meta", (6, 7, 2), 1, range(2), solve=False)
+    assert levels.shape == (3, 6, 7) and levels.device == META
+
+
 def test_the_meta_device_catches_what_waits():
     x = torch.zeros(4, device=META)
     for wait in (x.sum().item, x.tolist, x.nonzero, lambda: x[x > 0], lambda: bool((x > 0).any()), x.cpu):
@@ -96,9 +113,6 @@ def test_the_meta_device_catches_what_waits():
             wait()
     with pytest.raises(RuntimeError):
         x + torch.zeros(4)
-
-
-# ------------------------------------------------------------------------------------------------ graphs, on the CPU
 
 
 class Recording(TorchDispatchMode):
@@ -144,9 +158,8 @@ class Instead:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[Recording]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """A machine that seems to have a GPU; the graphs made on it."""
-    monkeypatch.chdir(tmp_path)
     made = []
 
     def nothing(*_: Any) -> None: ...
@@ -195,29 +208,8 @@ def test_graphs_train_the_same_agent(flags: tuple[str, ...], graphs: list[Record
     assert graphs[0].replays == 14 and sum(graph.replays for graph in graphs) == 14 + 64 - 8 * 2 and len(graphs) == 9
 
 
-def test_a_graph_reads_what_it_is_given_and_its_variant(graphs: list[Recording]):
-    def function(tensors: Any, factor: int) -> torch.Tensor:
-        return factor * (tensors[0] if isinstance(tensors, list) else tensors)
-
-    for as_list in (False, True):
-        scaled = i2a.Captured(function, torch.Generator())
-        for i in range(6):
-            for factor in (2, 3):
-                given = torch.tensor([1.0 + i])
-                assert scaled([given] if as_list else given, factor).tolist() == [factor * (1.0 + i)]
-    assert [graph.replays for graph in graphs] == [4] * 4
-
-
-def test_what_graphs_need(graphs: list[Recording], monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(SystemExit, match="--num-minibatches"):
-        train("--cuda-graph", "--num-minibatches", "3")
-    with pytest.raises(SystemExit, match="--cuda-graph needs a GPU"):
-        train("--cuda-graph", "--no-cuda")
-
-
-def test_a_checkpoint_of_another_device_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_of_another_device_goes_on():
     """Its generator's state has another size there, and its environment's levels are kept in another way."""
-    monkeypatch.chdir(tmp_path)
     train("--agent", "model-free", "--total-timesteps", "1024")
     (path,) = pathlib.Path("runs").glob("*/checkpoint.pt")
     state = torch.load(path, weights_only=True)
@@ -231,9 +223,6 @@ def test_a_checkpoint_of_another_device_goes_on(tmp_path: pathlib.Path, monkeypa
     resumed = torch.load(path, weights_only=True)
     assert len(resumed["rows"]) > len(state["rows"]) and resumed["global_step"] == 2048
     assert resumed["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.0009765625 / 16)
-
-
-# ------------------------------------------------------------------------------------------------- benchmark/gpu.py
 
 
 @pytest.fixture
