@@ -105,6 +105,7 @@ class Args:
     model_steps: int = 3_000  # optimiser steps of the pretraining
     model_width: int = 16  # channels of the environment model
     cnn_channels: tuple[int, ...] = (32, 32, 32)  # channels of the model-free path
+    cnn_padding: bool = True  # off: only the first convolution is padded, and the view shrinks to the player's place
     dense: int = 256  # units of the model-free path's dense layer
     encoder_channels: tuple[int, ...] = (16,)  # channels of the rollout encoder
     lstm: int = 32  # units of the rollout encoder's LSTM
@@ -329,14 +330,18 @@ class FrameNet(nn.Module):
                 kernel, stride = RGB_LAYERS[i]
                 conv = nn.Conv2d(planes, width, kernel, stride)
             else:
-                conv = nn.Conv2d(planes, width, 3, first_stride if i == 0 else 1, padding=1)
+                stride, padding = (first_stride, 1) if i == 0 else (1, int(args.cnn_padding))
+                conv = nn.Conv2d(planes, width, 3, stride, padding)
             layers += [layer_init(conv), nn.ReLU()]
             planes = width
         self.convs = nn.Sequential(*layers, nn.Flatten())
         pixels = 8 * args.size if self.kind == "rgb" else args.size
         if self.view == "player":
             pixels = (pixels - 1) // 2 * 2 + 1
-        features = self.convs(torch.zeros(1, layers[0].in_channels, pixels, pixels)).shape[1]
+        try:
+            features = self.convs(torch.zeros(1, layers[0].in_channels, pixels, pixels)).shape[1]
+        except RuntimeError:
+            sys.exit(f"--no-cnn-padding leaves nothing of a {pixels}x{pixels} view after {len(channels)} convolutions")
         self.dense = layer_init(nn.Linear(features, units))
 
     def forward(self, frames: Tensor, rewards: Tensor | None = None) -> Tensor:

@@ -92,6 +92,14 @@ def test_which_networks_see_from_the_players_place():
         assert [torch.allclose(one, other, atol=1e-6) for one, other in pairs] == [view == "player"] * 3
 
 
+def test_without_padding_the_view_shrinks_to_the_players_place():
+    args = replace(SMALL, size=9, cnn_channels=(4, 6, 8), cnn_padding=False)
+    features = i2a.make_networks(args, CPU)["agent"].features  # 9x9, padded to 9x9, 7x7, 5x5
+    assert features.dense.in_features == 8 * 5 * 5
+    with pytest.raises(SystemExit, match="--no-cnn-padding leaves nothing of a 5x5 view after 4 convolutions"):
+        i2a.make_networks(replace(args, size=6, cnn_channels=(4,) * 4), CPU)
+
+
 @pytest.mark.parametrize("which", range(8))
 def test_a_symmetry_of_a_transition_is_a_transition(which: int):
     before, action = boards(200, seed=which), torch.arange(200) % A
