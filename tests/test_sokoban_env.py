@@ -273,26 +273,6 @@ def test_every_output_equals_the_scalar_simulator_on_endless_levels(backend, sta
     assert seen["solved"] > 1 and seen["cut"] > 200
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("cells", "numpy"), ("rgb", "torch")])
-def test_the_single_environment_equals_the_scalar_simulator(kind, backend):
-    boards, solved = mixed_boards(6, 7, 3), 0
-    env = SokobanEnv(size=(6, 7), levels=boards, max_episode_steps=25, observation=kind, backend=backend)
-    for episode in range(60):
-        _, info = env.reset(seed=5 if episode == 0 else None)
-        game = ScalarSokoban(boards[info["level"]], 25)
-        for action in np.random.default_rng(episode).integers(5, size=25):
-            observation, reward, terminated, truncated, info = env.step(action if episode % 2 else int(action))
-            value, end, cut = game.step(int(action))
-            assert np.array_equal(observation, picture(game.board(), kind)) and observation.dtype == np.uint8
-            assert isinstance(reward, float) and reward == pytest.approx(value, abs=2e-6)
-            assert terminated is end and truncated is cut and info["success"] is end
-            assert info["boxes_on_target"] == len(game.boxes & game.targets)
-            if end:
-                break
-        solved += game.solved
-    assert solved > 2
-
-
 @both_backends
 def test_levels_are_drawn_uniformly(backend):
     envs = SokobanVectorEnv(200, levels=mixed_boards(10, 10, 4)[:20], max_episode_steps=1, backend=backend)
@@ -353,8 +333,8 @@ def reach(free: np.ndarray, start: np.ndarray) -> np.ndarray:
     return reached
 
 
-def check_levels(levels: np.ndarray, num_boxes: int) -> np.ndarray:
-    """Closed, one player, boxes off their as many targets, connected, distinct; the number of pushes of each (L,)."""
+def check_levels(levels: np.ndarray, num_boxes: int) -> None:
+    """Closed, one player, boxes off their as many targets, connected, with a push, all distinct."""
     floor, player, box = levels > 0, levels >= 5, levels == 3
     assert levels.dtype == np.uint8 and levels.max() <= 6
     assert not levels[:, [0, -1]].any() and not levels[:, :, [0, -1]].any()
@@ -365,9 +345,7 @@ def check_levels(levels: np.ndarray, num_boxes: int) -> np.ndarray:
     assert (reach(floor, player) == floor).all()
     # stand below a box and push it up, and so on: the free cell is on the other side
     near, free = shifts(reach(floor & ~box, player)), shifts(floor & ~box)
-    pushes = sum((box & near[i] & free[i ^ 1]).sum((1, 2)) for i in range(4))
-    assert (pushes > 0).all()
-    return pushes
+    assert np.logical_or.reduce([(box & near[i] & free[i ^ 1]).any((1, 2)) for i in range(4)]).all()
 
 
 def check_solutions(levels: torch.Tensor, solutions: list[str]) -> None:
@@ -383,29 +361,13 @@ def check_solutions(levels: torch.Tensor, solutions: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "num_boxes", "num"),
-    [(5, 5, 1, 200), (5, 5, 2, 100), (7, 7, 1, 200), (6, 11, 3, 100), (20, 20, 8, 40), (8, 40, 8, 1), (5, 64, 5, 1)],
+    [(10, 10, 4, 1000), (5, 5, 1, 200), (5, 5, 2, 100), (6, 11, 3, 100), (20, 20, 8, 40), (8, 40, 8, 1), (5, 64, 5, 1)],
 )
 def test_generated_levels_are_solved_by_their_solutions(height, width, num_boxes, num):
     levels, solutions = generated(height, width, num_boxes, num)
     assert levels.shape == (num, height, width) and len(solutions) == num
     check_levels(levels.numpy(), num_boxes)
     check_solutions(levels, solutions)
-
-
-def test_levels_look_like_deepminds():
-    """Means over 2,000 levels beside those of DeepMind's files; docs/sokoban_env.md has both."""
-    levels, solutions = generated(10, 10, 4, 2000)
-    check_solutions(levels, solutions)
-    levels = levels.numpy()
-    pushes, floor, box = check_levels(levels, 4), (levels > 0).sum((1, 2)), levels == 3
-    places = [np.argwhere(mask)[:, 1:].reshape(2000, 4, 2) for mask in (box, (levels == 2) | (levels == 6))]
-    nearest = np.abs(places[0][:, :, None] - places[1][:, None]).sum(-1).min(2)  # of a box to a target
-    free = (levels > 0) & ~box
-    all_reachable = (reach(free, levels >= 5) == free).all((1, 2)).astype(float)
-    bands = (floor, 31.7, 1.5), (nearest, 1.95, 0.1), (pushes, 7.1, 0.7), (all_reachable, 0.51, 0.05)
-    for values, mean, band in bands:
-        assert values.mean() == pytest.approx(mean, abs=band + 3 * values.std() / 2000**0.5)
-    assert floor.std() == pytest.approx(6.5, abs=1) and floor.min() >= 9 and floor.max() <= 64
 
 
 @pytest.mark.parametrize(("num_boxes", "max_pulls"), [(1, 1), (2, 6)])
@@ -420,21 +382,14 @@ def test_levels_a_few_pulls_before_their_end(num_boxes, max_pulls):
 
 
 def test_the_levels_of_a_seed_stay_the_same():
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
     levels, solutions = generate_levels(50, size=7, num_boxes=2, seed=3)
     digest = hashlib.sha256(levels.numpy().tobytes() + "".join(solutions).encode()).hexdigest()
     assert digest[:16] == "39b0385b04085f09"
+    assert np.array_equal(np.random.get_state()[1], before[0]) and torch.equal(torch.get_rng_state(), before[1])
     envs = SokobanVectorEnv(16, size=6, num_boxes=1, max_episode_steps=2)
     boards = [envs.reset(seed=9)[0], *(envs.step([0] * 16)[0] for _ in range(60))]
     assert hashlib.sha256(torch.stack(boards).numpy().tobytes()).hexdigest()[:16] == "02dbfff869d0ca04"
-
-
-def test_generating_leaves_the_global_random_numbers_alone():
-    before = np.random.get_state()[1].copy(), torch.get_rng_state()
-    first, _ = generate_levels(100, size=8, num_boxes=2, seed=11)
-    assert np.array_equal(np.random.get_state()[1], before[0]) and torch.equal(torch.get_rng_state(), before[1])
-    assert exclude_levels(first, generate_levels(100, size=8, num_boxes=2, seed=12)[0]).all()  # of another seed
-    one, other = (SokobanVectorEnv(16, size=7, num_boxes=2).reset()[0] for _ in range(2))  # without a seed
-    assert not torch.equal(one, other)
 
 
 def test_a_seed_gives_the_same_endless_episodes_on_both_backends():
@@ -447,6 +402,8 @@ def test_a_seed_gives_the_same_endless_episodes_on_both_backends():
     assert_same(one, episodes(4, "torch"))
     assert_same(one[0][0], one[-1][0])
     assert not torch.equal(one[0][0], other[0][0]) and not torch.equal(one[-1][0], one[-2][0])
+    one, other = (SokobanVectorEnv(16, size=7, num_boxes=2).reset()[0] for _ in range(2))  # without a seed
+    assert not torch.equal(one, other)
 
 
 @both_backends
@@ -487,18 +444,6 @@ def test_batches_made_side_by_side_are_those_made_one_by_one():
         return sokoban_env._generate(torch, "cpu", (6, 7, 2), 5, batches, solve=False)[0]
 
     assert_same(made(range(3)), torch.cat([made(range(i, i + 1)) for i in range(3)]))
-
-
-def test_levels_repeat_only_without_refills():
-    envs = SokobanVectorEnv(128, size=7, num_boxes=1, max_episode_steps=1, backend="torch")
-    envs.reset(seed=2)
-    envs._pool.serial += 10**9  # as in a CUDA graph, which does not run what the host does
-    starts = [envs.step([0] * 128)[0] for _ in range(8)]
-    assert len(torch.cat(starts).unique(dim=0)) <= len(envs._pool.boards) < 8 * 128  # the ring went round
-    envs._pool.serial -= 10**9
-    envs.refill()
-    starts = torch.cat([envs.step([0] * 128)[0] for _ in range(8)])
-    assert len(starts.unique(dim=0)) > 0.95 * 8 * 128
 
 
 # ------------------------------------------------------------------------------------------------- autoreset and state
@@ -889,35 +834,7 @@ def test_every_observation_turns_into_every_other():
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(
-    ("levels", "fault"),
-    [
-        ([], "no levels"),
-        (np.zeros((1, 12, 9), dtype=np.uint8), "level 0 .*12x9.*too large for size 10x10"),
-        ([to_board("#####", "#@$.#", "#####"), to_board("#####", "# $.#", "#####")], "level 1 .*0 players"),
-        ([to_board(*["##########"] * 9, "###@$.####")], "level 0 .*(opening|border)"),
-        (np.full((1, 3, 3), 9, dtype=np.uint8), "level 0"),
-        ("levels.txt", "load_levels"),
-    ],
-)
-def test_bad_levels(levels, fault):
-    with pytest.raises(ValueError, match=fault):
-        SokobanVectorEnv(1, levels=levels)
-    envs = SokobanVectorEnv(1, size=10, levels=[to_board("#####", "#@$.#", "#####")])
-    with pytest.raises(ValueError, match=fault):
-        envs.reset(seed=1, options={"levels": levels})
-
-
-@pytest.mark.parametrize(
-    ("size", "num_boxes", "fault"),
-    [((10, 4), 1, "10x4"), (-5, 1, "-5"), (1000, 4, "1000x1000"), (10, 0, "num_boxes=0"), ((5, 64), 17, "boxes=17")],
-)
-def test_sizes_and_boxes_that_cannot_be_generated_are_found_at_once(size, num_boxes, fault):
-    with pytest.raises(ValueError, match=fault):
-        generate_levels(1, size=size, num_boxes=num_boxes)
-    for make in (functools.partial(SokobanVectorEnv, 1), SokobanEnv):
-        with pytest.raises(ValueError, match=fault):
-            make(size=size, num_boxes=num_boxes)
+NO_PLAYER, OPEN = to_board("#####", "# $.#", "#####"), to_board(*["##########"] * 9, "###@$.####")
 
 
 @pytest.mark.parametrize(
@@ -930,6 +847,17 @@ def test_sizes_and_boxes_that_cannot_be_generated_are_found_at_once(size, num_bo
         ({"max_episode_steps": 0}, ValueError, "max_episode_steps is 0"),
         ({"frame_stack": 0}, ValueError, "frame_stack is 0"),
         ({"size": 6.0}, TypeError, "float"),
+        ({"size": (10, 4), "num_boxes": 1}, ValueError, "10x4"),
+        ({"size": -5}, ValueError, "-5"),
+        ({"size": 1000}, ValueError, "1000x1000"),
+        ({"num_boxes": 0}, ValueError, "num_boxes=0"),
+        ({"size": (5, 64), "num_boxes": 17}, ValueError, "num_boxes=17"),
+        ({"levels": []}, ValueError, "no levels"),
+        ({"levels": "levels.txt"}, ValueError, "load_levels"),
+        ({"levels": np.zeros((1, 12, 9), dtype=np.uint8)}, ValueError, "level 0 .*12x9.*too large for size 10x10"),
+        ({"levels": ["#####\n#@$.#\n#####", NO_PLAYER]}, ValueError, "level 1 .*0 players"),
+        ({"levels": [OPEN]}, ValueError, "level 0 .*(opening|border)"),
+        ({"levels": np.full((1, 3, 3), 9, dtype=np.uint8)}, ValueError, "level 0"),
     ],
 )
 def test_bad_arguments(arguments, error, fault):
@@ -948,6 +876,8 @@ def test_more_bad_arguments():
             convert_observation(np.full(shape, 7, dtype=np.uint8), kind, "cells")
     with pytest.raises(TypeError, match=r"seed must be an integer, got \[1, 2\]"):
         gym.make_vec("Sokoban-v0", 2, size=6, num_boxes=1).reset(seed=[1, 2])
+    with pytest.raises(ValueError, match="10x4"):
+        generate_levels(1, size=(10, 4), num_boxes=1)
     with pytest.raises(ValueError, match=r"5x5.*1 boxes.*1000000"):  # there are not so many
         generate_levels(1_000_000, size=5, num_boxes=1)
 
@@ -980,6 +910,7 @@ def test_bad_options_and_states(backend):
     for options, fault in (
         ({"level": board}, "level"),
         ({"levels": [board]}, "1 levels for 2 environments"),
+        ({"levels": [board, NO_PLAYER]}, "level 1 .*0 players"),
         ({"level_indices": [0, 0, 0]}, "3 levels for 2 environments"),
         ({"level_indices": [0, 1]}, "level_indices"),
         ({"level_indices": [-1, 0]}, "level_indices"),
@@ -1034,6 +965,7 @@ def assert_equal_vectors(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("stack", [1, 3])
 @pytest.mark.parametrize("mode", list(gym.vector.AutoresetMode))
 def test_make_vec_equals_gymnasiums_own_vector_of_single_ones(mode, stack, backend):
+    """So a single environment is tested, too, which the vector's steps are compared with."""
     boards = [to_board("#######", "#@$ . #", "#######"), to_board("#######", "#@$.  #", "#  $ .#", "#######")]
     for board, limit in itertools.product(boards, (4, 7)):
         settings = {"size": (4, 7), "levels": [board], "frame_stack": stack, "max_episode_steps": limit}
