@@ -69,9 +69,6 @@ def row(s: list[float], s2: list[float], a: int, r: float, end: float) -> torch.
     return torch.tensor([[[*s, *s2, float(a), r, end]]])
 
 
-# ------------------------------------------------------------------------------------------------- losses, networks
-
-
 def test_dqn_targets_by_hand():
     online, target = TableNet([[1.0, 2.0], [5.0, 3.0]]), TableNet([[0.0, 0.0], [10.0, 20.0]])
     for end, double, expected in (
@@ -146,9 +143,6 @@ def test_greedy_returns_are_those_of_each_run_and_its_first_episodes():
         net.biases[0].copy_(torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]))
     envs = dyna_dqn.make_feature_envs(Args(env_id="TestRamp-v0"), 6)
     assert greedy_returns(envs, net, torch.device("cpu"), seed=1).tolist() == [[0, 0, 0], [1, 1, 1]]
-
-
-# ---------------------------------------------------------------------------------------------- the loop, watched
 
 
 def run(**flags) -> tuple[dict, list[dict[str, float]]]:
@@ -337,9 +331,6 @@ def test_sokoban_is_planes():
     state, _ = run(env_id="Sokoban-v0", total_timesteps=55, eval_frequency=55)
     planes = state["replay"][0, :, :100].unflatten(1, (4, 5, 5))
     assert torch.equal(planes[:, 3].sum((1, 2)), torch.ones(55)) and planes[0, 0, 0].eq(1).all()  # one player; walls
-
-
-# ---------------------------------------------------------------------------------------------- files and flags
 
 
 def test_resume_and_evaluate(watched, capsys):

@@ -73,9 +73,6 @@ def train(**kwargs) -> dict:
     return main(Args(**{"log_frequency": 0} | kwargs))
 
 
-# ----------------------------------------------------------------------------------------------------- updates by hand
-
-
 def test_learning_and_planning_by_hand():
     # α = 1/2, r = 1: terminal 0 -> .5 -> .75 -> .875; truncated, γ = 1/2: q <- q + (1 + q/2 - q) / 2
     for env_id, q in (("TestLoop-v0", 0.875), ("TestTruncated-v0", 1.15625)):
@@ -127,9 +124,6 @@ def test_exploration_and_ties():
     assert [draws.count(a) for a in range(4)] == [100, 100, 0, 100]
 
 
-# --------------------------------------------------------------------------------------------------------- the model
-
-
 def test_outcomes_by_hand():
     outcomes = {(0.0, 1, False): 1, (1.0, 2, True): 3}
     first, second = outcomes
@@ -137,9 +131,6 @@ def test_outcomes_by_hand():
         assert dyna_q.sample_outcome(outcomes, lambda lot=lot: lot) == expected
     # (1 * (0 + 0.5 * 2) + 3 * 1) / 4: the terminal outcome doesn't look at Q[2]
     assert dyna_q.expected_target(outcomes, [[0.0], [2.0], [9.0]], 0.5) == 1.0
-
-
-# ------------------------------------------------------------------------------------------------ prioritised sweeping
 
 
 def test_one_sweep_carries_the_reward_back():
@@ -163,9 +154,6 @@ def test_the_largest_error_comes_first(bonus, first):
     Q = train(env_id=f"TestBonus{first}-v0", prioritized=True, alpha=1.0, gamma=0.5, planning_steps=1, epsilon=0.0,
               total_timesteps=7)["Q"]  # fmt: skip
     assert {s for s, q in enumerate(Q) if q[0]} == {5, first}
-
-
-# ------------------------------------------------------------------------------------------------- mazes and the loop
 
 
 def test_mazes_are_the_books():
@@ -241,9 +229,6 @@ def test_dyna_q_plus_finds_the_shortcut():
         return 1000 / sum(end > 5000 for end, _, _ in run["episodes"])
 
     assert late(1e-3) < 14.5 < late(0.0)
-
-
-# ---------------------------------------------------------------------------------------------- runs, files and flags
 
 
 def test_sokoban_is_solved_saved_and_evaluated(capsys):

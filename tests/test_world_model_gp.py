@@ -7,20 +7,11 @@ import math
 
 import numpy as np
 import pytest
+import test_world_model_rollouts as shared
 import torch
-from test_world_model_rollouts import RAMP, SMALL, RampEnv, Watched, generator, linear_data, own_folder, wide  # noqa: F401
 
 import world_model_gp
-from world_model_gp import (
-    Args,
-    GaussianProcessModel,
-    ImaginedEnvs,
-    cholesky_with_jitter,
-    fit_termination,
-    held_out_rows,
-    main,
-    parse_args,
-)
+from world_model_gp import Args, GaussianProcessModel, main, parse_args
 
 
 def numpy_posterior(x, y, z, scale, signal, noise):
@@ -37,7 +28,7 @@ def numpy_posterior(x, y, z, scale, signal, noise):
 
 def small_process() -> tuple[GaussianProcessModel, torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
-    model = GaussianProcessModel(1, 1, wide(1))
+    model = GaussianProcessModel(1, 1, shared.wide(1))
     with torch.no_grad():
         model.log_scale.copy_(torch.tensor([[0.1, -0.4], [0.5, 0.2]]))
         model.log_signal.copy_(torch.tensor([0.3, -0.2]))
@@ -61,7 +52,7 @@ def test_gaussian_process_posterior_and_marginal_likelihood_in_closed_form():
 
 def test_gaussian_process_is_sure_where_smooth_data_are_dense():
     """k** - |L⁻¹k*|² is a small difference of large numbers: rounded to single precision, it would be 0 or far off."""
-    model = GaussianProcessModel(1, 1, wide(1))
+    model = GaussianProcessModel(1, 1, shared.wide(1))
     with torch.no_grad():
         model.log_signal.fill_(3.0)
         model.log_noise.fill_(-5.5)
@@ -95,20 +86,20 @@ def test_marginal_likelihood_gradient_matches_finite_differences():
 def test_jitter_grows_until_the_factor_exists():
     low_rank = torch.ones(2, 6, 6, dtype=torch.float64)
     low_rank[1] -= 3e-5 * torch.eye(6)  # an eigenvalue of -3e-5: only a jitter of 1e-4 helps
-    L = cholesky_with_jitter(low_rank)
+    L = world_model_gp.cholesky_with_jitter(low_rank)
     torch.testing.assert_close(L @ L.mT, low_rank + 1e-4 * torch.eye(6, dtype=torch.float64))
     exact = torch.eye(3, dtype=torch.float64)[None] * 4
-    torch.testing.assert_close(cholesky_with_jitter(exact), exact / 2, rtol=0, atol=0)
+    torch.testing.assert_close(world_model_gp.cholesky_with_jitter(exact), exact / 2, rtol=0, atol=0)
     with pytest.raises(SystemExit, match="finite"):
-        cholesky_with_jitter(torch.full((1, 3, 3), torch.nan))
+        world_model_gp.cholesky_with_jitter(torch.full((1, 3, 3), torch.nan))
 
 
 def test_gaussian_process_learns_a_linear_system_and_keeps_to_its_limit():
-    data, A, B = linear_data(400)
-    model = GaussianProcessModel(2, 1, wide(2))
+    data, A, B = shared.linear_data(400)
+    model = GaussianProcessModel(2, 1, shared.wide(2))
     model.standardize(data)
-    first = model.fit(data, Args(gp_points=60, gp_steps=1), generator())
-    assert model.fit(data, Args(gp_points=60, gp_steps=60), generator()) < first - 1
+    first = model.fit(data, Args(gp_points=60, gp_steps=1), shared.generator())
+    assert model.fit(data, Args(gp_points=60, gp_steps=60), shared.generator()) < first - 1
     assert len(model.points) == 60
     s, a = torch.randn(50, 2), torch.rand(50, 1) * 2 - 1
     mean, variance = model(torch.cat([s, a], 1))
@@ -125,23 +116,25 @@ def test_steps_are_drawn_from_the_posterior_and_stay_in_the_space():
     model.condition(x, y)
     s, a = torch.full((20_000, 1), 0.3), torch.full((20_000, 1), -0.4)
     mean, variance = model(torch.tensor([[0.3, -0.4]]))
-    s2, r, end = model.step(s, a, generator())
+    s2, r, end = model.step(s, a, shared.generator())
     assert s2.mean().item() == pytest.approx(0.3 + 0.1 + 0.01 * mean[0, 0].item(), abs=1e-3)
     assert s2.std().item() == pytest.approx(0.01 * variance[0, 0].sqrt().item(), rel=0.03)
     assert r.mean().item() == pytest.approx(-3 + 2 * mean[0, 1].item(), abs=0.05)
     assert r.std().item() == pytest.approx(2 * variance[0, 1].sqrt().item(), rel=0.03)
     torch.testing.assert_close(end, model.end_net((s2 - 0.2) / 2).sigmoid()[:, 0].detach())
-    assert model.step(s + 5, a, generator())[0].max() == 0.5
-    assert model.step(s - 1e6, a, generator())[0].min().item() == pytest.approx(0.2 - 50 * 2)  # in sight of the data
+    assert model.step(s + 5, a, shared.generator())[0].max() == 0.5
+    assert model.step(s - 1e6, a, shared.generator())[0].min().item() == pytest.approx(
+        0.2 - 50 * 2
+    )  # in sight of the data
 
 
 def test_termination_is_learned_and_its_best_weights_come_back():
     torch.manual_seed(1)
-    data, _, _ = linear_data()
-    model, held_out = GaussianProcessModel(2, 1, wide(2)), held_out_rows(data["episode"])
+    data, _, _ = shared.linear_data()
+    model, held_out = GaussianProcessModel(2, 1, shared.wide(2)), world_model_gp.held_out_rows(data["episode"])
     model.standardize(data)
     args = Args(model_epochs=100, model_learning_rate=0.1)  # too fast: the loss goes up and down
-    metrics = fit_termination(model, data, held_out, args, generator())
+    metrics = world_model_gp.fit_termination(model, data, held_out, args, shared.generator())
     with torch.no_grad():
         logits = model.end_logit(data["s2"][held_out])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, data["end"][held_out]).item()
@@ -150,15 +143,13 @@ def test_termination_is_learned_and_its_best_weights_come_back():
     assert ((logits > 0) == (data["end"][held_out] == 1)).float().mean() > 0.95
 
 
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
-class WatchedProcess(Watched):
+class WatchedProcess(shared.Watched):
     """The parts of world_model_gp.main."""
 
     module, fit_name = world_model_gp, "fit_termination"
 
     def __init__(self, monkeypatch, checks=()) -> None:
+        self.fit_termination = self.fit_networks
         super().__init__(monkeypatch, checks)
         self.processes = []
         monkeypatch.setattr(GaussianProcessModel, "fit", self.fit)
@@ -167,47 +158,21 @@ class WatchedProcess(Watched):
         self.processes.append(len(data["s"]))
         return 0.125
 
-    def imagined_returns(self, imagine, agent, s, horizon, rng, greedy):
-        assert imagine.__func__ is GaussianProcessModel.step and horizon == 100
-        if greedy:
-            self.gaps.append(s)
-            return torch.full((len(s),), 40.0)
-        self.checks.append((s, rng.initial_seed(), rng.get_state()))
-        return torch.full((len(s),), self.left.pop(0) if self.left else 0.0)
 
-
-FLAGS = {name: x for name, x in RAMP.items() if name != "model_hidden"}
+FLAGS = {name: x for name, x in shared.RAMP.items() if name != "model_hidden"}
 
 
 def test_the_loop_collects_fits_and_measures(monkeypatch):
     watched = WatchedProcess(monkeypatch)
     rows = main(Args(**FLAGS, seed=3))
-    assert [row["global_step"] for row in rows] == [21, 41, 50]  # the last iteration is cut at the end
-    assert watched.random_actions == 21  # in the first iteration only
-    assert [seed for n, seed, _ in watched.envs if n == 1] == [300_000, 300_001, 300_002, 300_003]
-    assert [seed for n, seed, _ in watched.envs if n == 2] == 3 * [350_000]
-    assert [len(data["s"]) for data in watched.fits] == watched.processes == [21, 41, 50]
-    assert watched.keeps == [False, True, True]
-    numbers = [*(i // 7 for i in range(21)), *(3 + i // 7 for i in range(20)), *(6 + i // 7 for i in range(9))]
-    assert watched.fits[-1]["episode"].tolist() == numbers
-    assert rows[0]["charts/episodic_length"] == 7 and rows[0]["losses/gp_loss"] == 0.125
-    first = watched.fits[0]["r"]
-    assert rows[0]["charts/episodic_return"] == pytest.approx(first.sum().item() / 3)
-    assert all(row["charts/gap"] == 15 and row["model/error_at_1"] == 0.25 for row in rows)
-    assert all(len(starts) == 20 and (starts[:, 0] == 0).all() for starts in watched.gaps)
+    shared.check_collection(watched, rows, 1)
+    assert watched.processes == [21, 41, 50] and all(row["losses/gp_loss"] == 0.125 for row in rows)
 
 
 def test_the_loop_trains_in_imagination(monkeypatch):
     watched = WatchedProcess(monkeypatch)
     main(Args(**FLAGS | {"policy_updates": 4, "total_timesteps": 21, "gamma": 0.9}))
-    envs, num_steps = watched.rollouts[0]
-    assert isinstance(envs, ImaginedEnvs) and num_steps == 10 and envs.s.shape == (20, 2) and envs.horizon == 8
-    assert all(other is envs for other, _ in watched.rollouts) and len(watched.rollouts) == 4
-    assert torch.equal(envs.starts, watched.fits[0]["s"])
-    assert watched.updates == 4 * [(pytest.approx(0.1 / watched.fits[0]["r"].mean().item()), 1e-3)]
-    (starts, seed, state), *later = watched.checks
-    assert len(starts) == 40 and seed == 1 and len({*starts[:, 0].tolist()}) > 1
-    assert all(torch.equal(x[0], starts) and torch.equal(x[2], state) for x in later)  # the same luck at each check
+    shared.check_imagination(watched, watched.fits[0]["s"], 1)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +198,7 @@ def test_imagination_that_is_not_finite_is_named(monkeypatch):
 
 
 def test_a_resumed_run_is_the_whole_run_and_is_evaluated(tmp_path, capsys):
-    flags = {name: x for name, x in SMALL.items() if name != "model_hidden"} | {"gp_points": 40, "gp_steps": 3}
+    flags = {name: x for name, x in shared.SMALL.items() if name != "model_hidden"} | {"gp_points": 40, "gp_steps": 3}
     whole = main(Args(**flags, exp_name="whole"))
     main(Args(**flags | {"total_timesteps": 80}, exp_name="half"))
     (path,) = tmp_path.glob("runs/*half*/checkpoint.pt")
@@ -242,18 +207,3 @@ def test_a_resumed_run_is_the_whole_run_and_is_evaluated(tmp_path, capsys):
     assert [row | times for row in rest] == [row | times for row in whole]
     rows = main(parse_args(["--evaluate", str(path.with_name("agent.pt")), "--eval-episodes", "9"]))
     assert f"9 episodes: return {rows[0]['eval/return']:.4g} ± " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--gamma 1", "--gamma must be from 0 to below 1"),  # rewards scaled by 1 - gamma: nothing to learn
-        ("--policy-updates 0", "--policy-updates must be at least 1"),
-        ("--update-epochs 0", "--update-epochs must be at least 1"),
-        ("--initial-steps 0", "--initial-steps must be at least 1"),
-    ],
-)
-def test_bad_flags_are_one_clear_line(flags, message):
-    with pytest.raises(SystemExit, match=message) as error:
-        parse_args(flags.split())
-    assert "\n" not in str(error.value)
