@@ -29,11 +29,12 @@ python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresh
 $run --study flagship --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \
   "model-free=--agent model-free" \
   --flags="--size 10 --num-boxes 4 --max-episode-steps 120 --total-timesteps 5000000 --log-frequency 50000"
-python benchmark/curves.py --study flagship --thresholds 0.1 0.3 0.5
+python benchmark/curves.py --study flagship --thresholds 0.1 0.3 --at-frames 500000 1000000 1400000 2000000 3000000
 
 # 4. The paper's setting, one seed of each
 $run --study i2a_paper_small --seeds 11 --variants "${three[@]}" --flags="--preset paper-small --total-timesteps 400000"
-python benchmark/curves.py --study i2a_paper_small --thresholds 0.1 0.15 --title "7x7, two boxes, --preset paper-small"
+python benchmark/curves.py --study i2a_paper_small --thresholds 0.1 0.15 --at-frames 200000 240000 \
+  --title "7x7, two boxes, --preset paper-small"
 
 # 5. The learned model, speed (nothing else running), and what trained agents can do
 python benchmark/i2a_model.py
