@@ -1,19 +1,21 @@
 """Distral with networks: Teh et al. 2017, "Distral: Robust Multitask Reinforcement Learning", arXiv 1707.04175.
 
-Several Sokoban tasks (rooms and numbers of boxes that differ) at once. Each task's policy π_i learns from
-R + (α/β) log π_0 - (1/β) log π_i: it stays close to the distilled policy π_0, which is fitted to all π_i (equations 1
-to 10 of the paper). In two columns, π_0 = softmax(h) and π_i = softmax(α h + β f_i): f_i learns what differs.
+Several Sokoban tasks are learned at once: rooms of different sizes, with different numbers of boxes. The policy π_i of
+task i learns from the regularised reward R + (α/β) log π_0 - (1/β) log π_i (equation 1), which keeps it close to the
+distilled policy π_0. And π_0 is fitted to all π_i. In two columns π_0 = softmax(h) and π_i = softmax(α h + β f_i)
+(equations 6 to 8): h learns what the tasks have in common, f_i learns what differs. In one column each of these
+policies is a network of its own. Block 4 of the loop in `main` follows the gradients of equations 9 and 10.
 
-Different from the paper: synchronous A2C on Sokoban for A3C on DeepMind Lab; the network of column i puts out β f_i,
-not f_i; the sums over time carry no γ^t (as in any A3C). The rest is in docs/distral.md.
+Different from the paper: synchronous A2C on Sokoban instead of A3C on DeepMind Lab. The network of task i puts out
+β f_i, not f_i. As in any A3C, step t of an episode isn't weighted by γ^t. The rest is in docs/distral.md.
 
-    python distral.py                                          # KL + entropy, two columns
+    python distral.py                                          # Distral with KL + entropy, in two columns
     python distral.py --alpha 1 --columns 1                    # KL only, separate networks
     python distral.py --algorithm multitask                    # baselines: independent, multitask, two-column
     python distral.py --resume runs/NAME/checkpoint.pt; python distral.py --evaluate runs/NAME/agent.pt
 
-Shapes: `T` steps of a rollout, `n` tasks, `N` environments of each, `A` actions, `L` levels, `H, W` the board of the
-largest task; the boards of smaller ones are padded with wall.
+Shapes: `T` steps of a rollout, `n` tasks, `N` environments of each, `A` actions, `L` levels of each task in an
+evaluation. `H, W` are the largest height and width among the tasks: smaller boards are padded with wall.
 """
 
 import contextlib
@@ -41,7 +43,7 @@ from tqdm import tqdm
 from sokoban_env import SokobanVectorEnv, generate_levels
 
 A = 5  # actions: no-op, up, down, left, right
-EVAL_SEED = 10**9  # of the held-out levels
+EVAL_SEED = 10**9  # seed of the held-out levels; those of training are below it
 
 
 @dataclass
@@ -57,12 +59,12 @@ class Args:
 
     # Algorithm specific arguments
     tasks: tuple[str, ...] = ("5x5-1", "5x5-2", "6x5-1", "6x6-1")  # tasks: HxW-boxes
-    held_out: str = "6x6-2"  # a task that nothing learns on: the distilled policy is evaluated on it
-    algorithm: Literal["distral", "independent", "multitask", "two-column"] = "distral"  # the others are A2C
-    columns: Literal[1, 2] = 2  # 1: each policy is a network of its own
-    alpha: float = 0.5  # c_KL / (c_KL + c_Ent); 1: KL only
-    beta: float = 500.0  # 1 / (c_KL + c_Ent), in units of the scaled reward
-    view: Literal["player", "board"] = "player"  # player: networks see the board with the player in its middle
+    held_out: str = "6x6-2"  # a task that nothing learns on: π_0 is evaluated on it
+    algorithm: Literal["distral", "independent", "multitask", "two-column"] = "distral"  # others: A2C without a pull
+    columns: Literal[1, 2] = 2  # Distral's. 2: π_i = softmax(α h + β f_i); 1: each policy is a network of its own
+    alpha: float = 0.5  # α = c_KL / (c_KL + c_Ent). 1: KL only; 0: entropy only
+    beta: float = 500.0  # β = 1 / (c_KL + c_Ent), where rewards are scaled by reward_scale
+    view: Literal["player", "board"] = "player"  # player: networks see the board with the player in the middle
     total_timesteps: int = 1_000_000  # environment frames, over all tasks
     num_envs: int = 16  # parallel environments N of each task
     num_steps: int = 8  # steps T of a rollout before each update
@@ -70,8 +72,8 @@ class Args:
     gamma: float = 0.97  # discount
     ent_coef: float = 0.001  # entropy bonus of the baselines
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 1.0  # gradient clipping, of each column by itself
-    reward_scale: float = 0.1  # the losses see rewards times this
+    max_grad_norm: float = 1.0  # largest norm of a column's gradient: each column is clipped separately
+    reward_scale: float = 0.1  # rewards are multiplied by this before anything learns from them
     max_episode_steps: int = 60  # steps after which an episode is truncated
     channels: int = 16  # channels of a column's two convolutions
     dense: int = 128  # units of a column's dense layer
@@ -256,7 +258,7 @@ def actor_critic_losses(logits: Tensor, values: Tensor, actions: Tensor, advanta
 
 
 class PolicyColumn(nn.Module):
-    """Two convolutions and a dense layer, to A numbers and a value."""
+    """Two convolutions and a dense layer, then A outputs (h, β f_i, or logits of π_i) and a value."""
 
     def __init__(self, channels: int, dense: int, height: int, width: int) -> None:
         super().__init__()
@@ -267,74 +269,89 @@ class PolicyColumn(nn.Module):
         self.critic = layer_init(nn.Linear(dense, 1), 1.0)
 
     def forward(self, planes: Tensor) -> tuple[Tensor, Tensor]:
-        """Planes (..., 4, H, W) -> (..., A), value (...)."""
-        x = F.relu(self.conv2(F.relu(self.conv1(planes.flatten(0, -4)))))
-        x = F.relu(self.dense(x.flatten(1))).unflatten(0, planes.shape[:-3])  # (..., dense)
+        """Planes (..., 4, H, W) -> outputs (..., A), value (...)."""
+        x = planes.flatten(0, -4)  # (B, 4, H, W): convolutions take one leading axis
+        x = F.relu(self.conv1(x))
+        x = F.relu(self.conv2(x))  # (B, channels, H, W)
+        x = F.relu(self.dense(x.flatten(1)))
+        x = x.unflatten(0, planes.shape[:-3])  # (..., dense)
         return self.actor(x), self.critic(x).squeeze(-1)
 
 
 class DistralAgent(nn.Module):
-    """The columns: `own`, one for each task (multitask: the same one for all), and `shared`, that of π_0."""
+    """All policies: column `own[i]` belongs to task i (multitask: one column for all), column `shared` to π_0."""
 
     def __init__(self, args: Args, height: int, width: int) -> None:
         super().__init__()
+        n = len(args.tasks)
         self.view = args.view
-        if args.view == "player":
+        if args.view == "player":  # the odd sides of `player_view`
             height, width = (height - 1) // 2 * 2 + 1, (width - 1) // 2 * 2 + 1
-        columns = [PolicyColumn(args.channels, args.dense, height, width) for _ in range(1 + len(args.tasks))]
-        self.own = nn.ModuleList(columns[:1] * len(args.tasks) if args.algorithm == "multitask" else columns[1:])
+        columns = [PolicyColumn(args.channels, args.dense, height, width) for _ in range(1 + n)]
+        if args.algorithm == "multitask":
+            self.own = nn.ModuleList([columns[0]] * n)
+        else:
+            self.own = nn.ModuleList(columns[1:])
         self.shared = columns[0] if args.algorithm in ("distral", "two-column") else None
         self.two_columns = args.algorithm == "two-column" or (args.algorithm == "distral" and args.columns == 2)
-        self.alpha = args.alpha if args.algorithm == "distral" else 1.0
+        self.alpha = args.alpha if args.algorithm == "distral" else 1.0  # two-column baseline: π_i = softmax(h + f_i)
 
     def forward(self, boards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boards (..., n, N, H, W) -> logits of π_i and of π_0 (..., n, N, A), values (..., n, N).
 
         Without a π_0 (independent, multitask), π_i stands in its place.
         """
-        planes = cell_planes(player_view(boards) if self.view == "player" else boards)  # (..., n, N, 4, H, W)
-        outputs = [column(x) for column, x in zip(self.own, planes.unbind(-5), strict=True)]
-        logits = torch.stack([output for output, _ in outputs], -3)
-        values = torch.stack([value for _, value in outputs], -2)
+        if self.view == "player":
+            boards = player_view(boards)
+        planes = cell_planes(boards)  # (..., n, N, 4, H, W)
+        outputs, values = [], []
+        for column, task_planes in zip(self.own, planes.unbind(-5), strict=True):
+            output, value = column(task_planes)  # (..., N, A), (..., N)
+            outputs.append(output)
+            values.append(value)
+        own, values = torch.stack(outputs, -3), torch.stack(values, -2)  # (..., n, N, A), (..., n, N)
         if self.shared is None:
-            return logits, logits, values
-        h, _ = self.shared(planes)
-        if self.two_columns:  # π_i = softmax(α h + β f_i), that is π_0^α exp(β f_i) normalised
-            logits = self.alpha * h + logits
-        return logits, h, values
+            return own, own, values
+        h, _ = self.shared(planes)  # (..., n, N, A); nothing uses this column's value
+        if self.two_columns:  # `own` is β f_i: π_i = softmax(α h + β f_i), that is π_0^α exp(β f_i) normalised
+            return self.alpha * h + own, h, values
+        return own, h, values
 
 
 # ----------------------------------------------------------------------------------------------------------- algorithm
 
 
 def regularized_rewards(
-    rewards: Tensor, log_pi: Tensor, log_prior: Tensor, actions: Tensor, alpha: float, beta: float
+    rewards: Tensor, log_pi_i: Tensor, log_pi_0: Tensor, actions: Tensor, alpha: float, beta: float
 ) -> Tensor:
     """R + (α/β) log π_0(a|s) - (1/β) log π_i(a|s); rewards and actions (...), log-probabilities (..., A).
 
-    A constant for the losses. It holds both the pull to π_0 and the entropy: neither is in the losses again.
+    The KL and the entropy are both in it, so π_i's loss has no term of its own for them. No gradient goes through it:
+    that of log π_i(a|s) is zero on average, and π_0 has `distilled_policy_loss`.
     """
-    log_pi, log_prior = (x.detach().gather(-1, actions[..., None]).squeeze(-1) for x in (log_pi, log_prior))
-    return rewards + (alpha / beta) * log_prior - log_pi / beta
+    taken_i = log_pi_i.detach().gather(-1, actions[..., None]).squeeze(-1)  # log π_i(a|s) of the actions taken
+    taken_0 = log_pi_0.detach().gather(-1, actions[..., None]).squeeze(-1)
+    return rewards + (alpha / beta) * taken_0 - taken_i / beta
 
 
-def distilled_policy_loss(log_pi: Tensor, log_prior: Tensor) -> Tensor:
-    """-Σ_a π_i(a|s) log π_0(a|s), the mean over all steps; only π_0 learns from it.
+def distilled_policy_loss(log_pi_i: Tensor, log_pi_0: Tensor) -> Tensor:
+    """The cross-entropy -Σ_a π_i(a|s) log π_0(a|s), the mean over all steps. Only π_0 learns from it.
 
-    Its gradient in h is π_0 - π_i: times α/β, the last term of equation 10.
+    Its gradient in h(a|s) is π_0(a|s) - π_i(a|s). A step down it, times α/β, is the last term of equation 10.
     """
-    return -(log_pi.detach().exp() * log_prior).sum(-1).mean()
+    return -(log_pi_i.detach().exp() * log_pi_0).sum(-1).mean()
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
 def read_task(task: str) -> tuple[int, int, int]:
-    """Height, width and number of boxes of a task's name."""
+    """Height, width and number of boxes from a task's name, HxW-boxes."""
     match = re.fullmatch(r"(\d+)x(\d+)-(\d+)", task)
     if not match:
         sys.exit(f"unknown task {task!r}: a task is HxW-boxes, like 6x6-1")
-    return tuple(map(int, match.groups()))
+    height, width, boxes = match.groups()
+    return int(height), int(width), int(boxes)
 
 
 def pad_boards(boards: Tensor, height: int, width: int) -> Tensor:
@@ -344,17 +361,21 @@ def pad_boards(boards: Tensor, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def solved_share(agent: DistralAgent, args: Args, levels: Tensor, distilled: bool) -> Tensor:
-    """The shares of levels (n, L, H, W) solved (n,), played once by π_i or by π_0, whose actions are sampled."""
+    """Of each task's levels (n, L, H, W) the share that is solved (n,).
+
+    Each level is played once, by π_0 if `distilled`, else by π_i. Actions are sampled.
+    """
     rng = torch.Generator(levels.device).manual_seed(args.seed)
     n, L, H, W = levels.shape
-    limit, flat = args.max_episode_steps, levels.flatten(0, 1)
+    flat, limit = levels.flatten(0, 1), args.max_episode_steps  # an environment for each level
     envs = SokobanVectorEnv(n * L, size=(H, W), levels=flat, max_episode_steps=limit, device=levels.device)
-    boards, _ = envs.reset(seed=args.seed, options={"levels": flat})
+    boards, _ = envs.reset(seed=args.seed, options={"levels": flat})  # environment k starts on level k
     solved = torch.zeros(n * L, dtype=torch.bool, device=levels.device)
     for _ in range(limit):
-        logits, prior, _ = agent(boards.unflatten(0, (n, L)))
-        boards, _, terminated, _, _ = envs.step(sample(prior if distilled else logits, rng).flatten())
-        solved |= terminated  # what an environment does after that adds nothing
+        logits_i, logits_0, _ = agent(boards.unflatten(0, (n, L)))
+        action = sample(logits_0 if distilled else logits_i, rng)  # (n, L)
+        boards, _, terminated, _, _ = envs.step(action.flatten())
+        solved |= terminated  # a solved environment goes on with another level, which can't change this
     return solved.unflatten(0, (n, L)).float().mean(1)
 
 
@@ -365,12 +386,14 @@ def evaluate_tasks(agent: DistralAgent, args: Args, H: int, W: int, device: torc
         h, w, boxes = read_task(task)
         cells, _ = generate_levels(args.eval_episodes, size=(h, w), num_boxes=boxes, seed=EVAL_SEED)
         levels.append(pad_boards(cells, H, W).to(device))
-    own, held_out = torch.stack(levels[:-1]), torch.stack(levels[-1:] * len(args.tasks))  # (n, L, H, W)
+    own = torch.stack(levels[:-1])  # (n, L, H, W)
     shares = solved_share(agent, args, own, distilled=False)
     metrics = {f"eval/solved_{task}": share for task, share in zip(args.tasks, shares.tolist(), strict=True)}
     metrics["eval/solved"] = shares.mean().item()
     metrics["eval/distilled"] = solved_share(agent, args, own, distilled=True).mean().item()
-    # The held-out levels n times, over all columns: independent A2C has no π_0, its policies stand in for it
+    # The agent takes levels of n tasks, so the held-out ones are there n times. Without a π_0 (independent) each π_i
+    # plays them once, and this is the mean over the π_i
+    held_out = torch.stack([levels[-1]] * len(args.tasks))  # (n, L, H, W)
     metrics["eval/held_out"] = solved_share(agent, args, held_out, distilled=True).mean().item()
     return metrics
 
@@ -381,15 +404,18 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.resume or args.evaluate:
         args = tyro.cli(Args, args=argv, default=saved_args(args.resume or args.evaluate))
     tasks = (*args.tasks, args.held_out)
-    if len(tasks) < 2 or len(set(tasks)) < len(tasks):
+    if not args.tasks or len(set(tasks)) < len(tasks):
         sys.exit("--tasks needs at least one, each once, and --held-out another one")
-    if not 0 <= args.alpha <= 1 or not 0 < args.beta < math.inf:
-        sys.exit(f"--alpha {args.alpha} must be from 0 to 1, --beta {args.beta} above 0 and finite")
-    if not 0 <= args.seed < EVAL_SEED // 1000:
+    if not 0 <= args.alpha <= 1:
+        sys.exit(f"--alpha {args.alpha} must be from 0 to 1")
+    if not 0 < args.beta < math.inf:
+        sys.exit(f"--beta {args.beta} must be above 0 and finite")
+    if not 0 <= args.seed < EVAL_SEED // 1000:  # training takes the seeds 1000 * seed + i
         sys.exit(f"--seed must be from 0 to {EVAL_SEED // 1000 - 1}")
     try:
-        for height, width, boxes in map(read_task, tasks):
-            generate_levels(1, size=(height, width), num_boxes=boxes)
+        for task in tasks:
+            height, width, boxes = read_task(task)
+            generate_levels(1, size=(height, width), num_boxes=boxes)  # a ValueError if there are no such levels
     except ValueError as e:
         sys.exit(str(e))
     return args
@@ -400,11 +426,12 @@ def main(args: Args) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     seed_everything(args.seed, args.torch_deterministic)
     rng = torch.Generator(device).manual_seed(args.seed)
-    T, n, N, alpha, beta = args.num_steps, len(args.tasks), args.num_envs, args.alpha, args.beta
-    heights, widths, num_boxes = zip(*map(read_task, (*args.tasks, args.held_out)), strict=True)
-    H, W = max(heights), max(widths)
+    T, n, N = args.num_steps, len(args.tasks), args.num_envs
+    sizes = [read_task(task) for task in (*args.tasks, args.held_out)]
+    H = max(height for height, _, _ in sizes)
+    W = max(width for _, width, _ in sizes)
     agent = DistralAgent(args, H, W).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
     path = args.evaluate or args.resume
     state = load_checkpoint(path, device) if path else None
     if state:
@@ -418,107 +445,115 @@ def main(args: Args) -> dict[str, float]:
         return metrics
 
     # ---- everything that the loop touches; a new run, or one that goes on
-    envs, limit = [], args.max_episode_steps
-    for h, w, boxes in zip(heights[:n], widths[:n], num_boxes[:n], strict=True):
-        envs.append(SokobanVectorEnv(N, size=(h, w), num_boxes=boxes, max_episode_steps=limit, device=device))
-    observations = [env.reset(seed=1000 * args.seed + i)[0] for i, env in enumerate(envs)]
+    envs, observations = [], []
+    for i, (h, w, boxes) in enumerate(sizes[:n]):  # the tasks without the held-out one
+        env = SokobanVectorEnv(N, size=(h, w), num_boxes=boxes, max_episode_steps=args.max_episode_steps, device=device)
+        observation, _ = env.reset(seed=1000 * args.seed + i)
+        envs.append(env)
+        observations.append(observation)  # (N, h, w)
     global_step, rows = 0, []
     if state:
-        if "envs" not in state or state["global_step"] >= args.total_timesteps:
+        if "envs" not in state or state["global_step"] >= args.total_timesteps:  # agent.pt has no "envs"
             sys.exit(f"{path} is of a finished run: --evaluate it, or give its checkpoint.pt more --total-timesteps")
-        run_name, rows, global_step = (state[name] for name in ("run_name", "rows", "global_step"))
+        run_name, rows, global_step = state["run_name"], state["rows"], state["global_step"]
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate  # load_state_dict brings the old rate back
         rng.set_state(state["rng"].cpu())
         observations = [env.set_state(saved) for env, saved in zip(envs, state["envs"], strict=True)]
     else:
         run_name = new_run(f"Sokoban-{n}-tasks__{args.exp_name}__{args.seed}")
-    for group in optimizer.param_groups:
-        group["lr"] = args.learning_rate
     logger = Logger(args, run_name, rows)
     boards = torch.stack([pad_boards(x, H, W) for x in observations])  # (n, N, H, W)
     columns = [module for module in agent.modules() if isinstance(module, PolicyColumn)]
-    losses, iterations = torch.zeros(5, device=device), 0  # sums since the last row
-    episodes = torch.zeros(2, n, device=device)  # of each task: how many ended, how many were solved
+    # Sums since the last row of metrics. Of each task: how many episodes ended, how many were solved
+    loss_names = ("policy_loss", "value_loss", "entropy", "distillation", "kl_to_pi_0")
+    loss_sums, iterations = torch.zeros(len(loss_names), device=device), 0
+    ended, solved = torch.zeros(n, device=device), torch.zeros(n, device=device)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" frames", disable=not sys.stderr.isatty())
     while global_step < args.total_timesteps:
         # 1. Act for T steps in every task, a_t ~ π_i
         steps = []
         for _ in range(T):
             with torch.no_grad():
-                action = sample(agent(boards)[0], rng)  # (n, N)
-            results = []
+                logits_i, _, _ = agent(boards)
+            action = sample(logits_i, rng)  # (n, N)
+            by_task = []
             for i, env in enumerate(envs):
-                observation, *result, info = env.step(action[i])
+                observation, reward, terminated, truncated, info = env.step(action[i])
                 true_next = info.get("final_obs", observation)  # an episode's last board, before its reset
-                results.append((pad_boards(observation, H, W), pad_boards(true_next, H, W), *result))
-            following, *result = map(torch.stack, zip(*results, strict=True))
-            steps.append((boards, action, *result))
-            boards = following
-        # (T, n, N, H, W), (T, n, N), (T, n, N, H, W), and three times (T, n, N)
-        batch, actions, true_next, rewards, terminated, truncated = map(torch.stack, zip(*steps, strict=True))
+                observation, true_next = pad_boards(observation, H, W), pad_boards(true_next, H, W)
+                by_task.append((observation, true_next, reward, terminated, truncated))
+            next_boards, true_next, reward, terminated, truncated = map(torch.stack, zip(*by_task, strict=True))
+            steps.append((boards, action, true_next, reward, terminated, truncated))
+            boards = next_boards
+        # Boards and true next boards (T, n, N, H, W), all others (T, n, N)
+        all_boards, actions, true_next, rewards, terminated, truncated = map(torch.stack, zip(*steps, strict=True))
         done = terminated | truncated
-        episodes += torch.stack([done.sum((0, 2)), terminated.sum((0, 2))])
+        ended += done.sum((0, 2))
+        solved += terminated.sum((0, 2))  # an episode terminates when its level is solved
 
-        # 2. All networks on the whole rollout
-        logits, prior, values = agent(batch)  # (T, n, N, A) twice, (T, n, N)
+        # 2. All networks on the whole rollout, with gradients
+        logits_i, logits_0, values = agent(all_boards)  # (T, n, N, A) twice, (T, n, N)
+        log_pi_i, log_pi_0 = logits_i.log_softmax(-1), logits_0.log_softmax(-1)
         with torch.no_grad():
-            next_values = agent(true_next)[2]  # V_i(s_{t+1})
+            _, _, next_values = agent(true_next)  # V_i(s_{t+1})
 
         # 3. Advantages of the regularised reward R + (α/β) log π_0 - (1/β) log π_i
         rewards = args.reward_scale * rewards
-        log_pi, log_prior = logits.log_softmax(-1), prior.log_softmax(-1)
         if args.algorithm == "distral":
-            rewards = regularized_rewards(rewards, log_pi, log_prior, actions, alpha, beta)
+            rewards = regularized_rewards(rewards, log_pi_i, log_pi_0, actions, args.alpha, args.beta)
         # λ = 1: the n-step returns of A3C
         advantages = generalized_advantages(rewards, values.detach(), next_values, terminated, done, args.gamma, 1.0)
 
-        # 4. Update: the policy gradient reaches π_i (in two columns h too, through π_i), the distillation only h
-        policy_loss, value_loss, entropy = actor_critic_losses(logits, values, actions, advantages)
-        distillation = distilled_policy_loss(log_pi, log_prior)
+        # 4. Update. The policy gradient trains π_i, and in two columns h too, which is part of π_i. The distillation
+        # trains π_0 alone
+        policy_loss, value_loss, entropy = actor_critic_losses(logits_i, values, actions, advantages)
+        distillation = distilled_policy_loss(log_pi_i, log_pi_0)
         loss = policy_loss + args.vf_coef * value_loss
-        if args.algorithm == "distral":  # in one column π_0 learns from nothing else, and Adam undoes any factor
-            loss = loss + (alpha / beta if args.columns == 2 else 1.0) * distillation
-        else:  # Distral has the entropy in its rewards
+        if args.algorithm == "distral":
+            # In one column nothing else trains π_0: Adam would undo the factor α/β, and α = 0 would leave π_0 untrained
+            weight = args.alpha / args.beta if args.columns == 2 else 1.0
+            loss = loss + weight * distillation
+        else:  # the baselines have a bonus for entropy, Distral has it in its rewards
             loss = loss - args.ent_coef * entropy
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for column in columns:
+        for column in columns:  # separately, so that a large gradient of one column does not shrink the others'
             nn.utils.clip_grad_norm_(column.parameters(), args.max_grad_norm)
         optimizer.step()
         with torch.no_grad():
-            kl = (log_pi.exp() * (log_pi - log_prior)).sum(-1).mean()
-            losses += torch.stack([policy_loss, value_loss, entropy, distillation, kl])
+            kl = (log_pi_i.exp() * (log_pi_i - log_pi_0)).sum(-1).mean()  # KL(π_i‖π_0); 0 without a π_0
+            loss_sums += torch.stack([policy_loss, value_loss, entropy, distillation, kl])  # as in loss_names
         iterations += 1
 
-        # 5. Log, then save what was logged
+        # 5. Every log_frequency frames: log, then save what was logged
         before, global_step = global_step, global_step + T * n * N
         bar.update(T * n * N)
-        over = global_step >= args.total_timesteps
-        if global_step // args.log_frequency == before // args.log_frequency and not over:
+        finished = global_step >= args.total_timesteps
+        if global_step // args.log_frequency == before // args.log_frequency and not finished:
             continue
-        names = ("policy_loss", "value_loss", "entropy", "distillation", "kl_to_pi_0")
-        means = (losses / iterations).tolist()
-        metrics = {f"losses/{name}": mean for name, mean in zip(names, means, strict=True)}
-        ended, solved = episodes
-        if ended.all():
+        means = (loss_sums / iterations).tolist()
+        metrics = {f"losses/{name}": mean for name, mean in zip(loss_names, means, strict=True)}
+        if ended.all():  # a share for every task
             shares = (solved / ended).tolist()
             metrics |= {f"charts/solved_{task}": share for task, share in zip(args.tasks, shares, strict=True)}
             metrics["charts/solved"] = sum(shares) / n
-        if over:
+        if finished:
             metrics |= evaluate_tasks(agent, args, H, W, device)
         logger.log(global_step, metrics)
-        saved = {"args": asdict(replace(args, resume=None)), "agent": agent.state_dict(), "global_step": global_step}
+        export = {"args": asdict(replace(args, resume=None)), "agent": agent.state_dict(), "global_step": global_step}
         progress = {"run_name": run_name, "rows": logger.rows, "optimizer": optimizer.state_dict()}
         progress |= {"rng": rng.get_state(), "envs": [env.get_state() for env in envs]}
-        save_checkpoint(logger.path.with_name("checkpoint.pt"), saved | progress)
-        losses.zero_()
-        episodes.zero_()
+        save_checkpoint(logger.path.with_name("checkpoint.pt"), export | progress)
+        for total in (loss_sums, ended, solved):
+            total.zero_()
         iterations = 0
 
     bar.close()
     logger.close()
     if args.save_model:
-        save_checkpoint(logger.path.with_name("agent.pt"), saved)
+        save_checkpoint(logger.path.with_name("agent.pt"), export)
     return {name: value for name, value in metrics.items() if name.startswith("eval/")}
 
 
