@@ -40,6 +40,5 @@ python benchmark/curves.py --study i2a_paper_small --thresholds 0.1 0.15 --at-fr
 python benchmark/i2a_model.py
 python benchmark/i2a_throughput.py
 python benchmark/i2a_evaluate.py random
-python benchmark/i2a_evaluate.py lesions runs/*__i2a_7x7-i2a__11__*/agent.pt
 python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt
 python benchmark/i2a_evaluate.py search runs/*__i2a_8x8-i2a__11__*/agent.pt

@@ -4,7 +4,6 @@
     python benchmark/i2a_evaluate.py random
     python benchmark/i2a_evaluate.py boxes runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py search runs/NAME/agent.pt
-    python benchmark/i2a_evaluate.py lesions runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py film runs/NAME/agent.pt
 
@@ -74,44 +73,6 @@ def random(
         nn.init.zeros_(networks["agent"].actor.weight)  # every action alike
         rows.append(show(settings | evaluated(args, networks, i2a.held_out_levels(args))))
     write_rows(rows, "i2a_random.csv")
-
-
-def lesions(paths: tuple[str, ...], /, episodes: int = 1000) -> None:
-    """What is left of trained I2A agents without one of their parts."""
-    for path in paths:
-        if i2a.saved_args(path).agent != "i2a":
-            sys.exit(f"{path} is a model-free agent: nothing to take out")
-    write_rows([row for path in paths for row in lesions_of(path, episodes)], "i2a_lesions.csv")
-
-
-def lesions_of(path: str, episodes: int) -> list[Row]:
-    args, networks = load_agent(path, eval_episodes=episodes)
-    agent, env_model, rollout_policy = networks["agent"], networks["env_model"], networks["rollout_policy"]
-    who, boards, rows = about(path, args), i2a.held_out_levels(args), []
-
-    def measure(name: str, **changes: object) -> None:
-        rows.append(show(who | {"lesion": name} | evaluated(replace(args, **changes), networks, boards)))
-
-    measure("none")
-    for depth in (1, 2, 5, 8):
-        if depth != args.imagination_depth:
-            measure(f"imagines {depth} steps, not {args.imagination_depth}", imagination_depth=depth)
-    agent.encoder.reads_rewards = False
-    measure("no imagined rewards and ends")
-    agent.encoder.reads_rewards = args.reward_prediction
-    networks["env_model"] = i2a.CopyModel(args)
-    measure("imagines that nothing moves or pays")
-    networks["env_model"] = env_model
-    networks["rollout_policy"] = i2a.RandomPolicy()
-    measure("rollouts act at random")
-    networks["rollout_policy"] = rollout_policy
-    # Negative before a ReLU is 0 after it
-    hook = agent.features.dense.register_forward_hook(lambda _module, _inputs, x: torch.full_like(x, -1.0))
-    measure("no model-free path")
-    hook.remove()
-    agent.encoder.register_forward_hook(lambda _module, _inputs, x: torch.zeros_like(x))
-    measure("no embeddings")
-    return rows
 
 
 def boxes(paths: tuple[str, ...], /, most: int = 7, episodes: int = 500) -> None:
@@ -300,5 +261,5 @@ def film(
 
 if __name__ == "__main__":
     i2a.keep_freed_memory()
-    commands = (levels, random, lesions, boxes, search, picture, film)
+    commands = (levels, random, boxes, search, picture, film)
     tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands})

@@ -2,11 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmark/i2a_model.py
 
-For each task and budget a model is pretrained as i2a.py does it, then tested on transitions of levels of another seed:
+For each task and seed a model is pretrained as i2a.py does it, then tested on transitions of levels of another seed:
 random play from fresh levels, and random play from points along their solutions, where boxes already stand on targets.
 """
 
-import itertools
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -28,11 +27,11 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Args:
-    tasks: tuple[str, ...] = ("7x7-1", "8x8-2", "10x10-4")  # sizes and numbers of boxes
-    seeds: tuple[int, ...] = (11, 12, 13)  # seeds of data and training
+    tasks: tuple[str, ...] = ("7x7-1", "10x10-4")  # sizes and numbers of boxes
+    seeds: tuple[int, ...] = (11,)  # seeds of data and training
     test_frames: int = 40_000  # transitions of each test set
-    model_frames: tuple[int, ...] = (20_000, 40_000)  # transitions that a model learns from
-    model_steps: tuple[int, ...] = (3000, 6000)  # for each of these numbers, the steps of the training
+    model_frames: int = 20_000  # transitions that a model learns from
+    model_steps: int = 3000  # steps of the training
 
 
 def load_agent(path: str, **changes: object) -> tuple[i2a.Args, torch.nn.ModuleDict]:
@@ -138,10 +137,9 @@ def main(args: Args) -> None:
     silent = SimpleNamespace(log=lambda *_: None)
     for task in args.tasks:
         sets = test_sets(task, args.test_frames)
-        budgets = zip(args.model_frames, args.model_steps, strict=True)
-        for (frames, steps), seed in itertools.product(budgets, args.seeds):
-            settings = i2a.Args(seed=seed, model_frames=frames, model_steps=steps, **task_settings(task))
-            settings = replace(settings, imagination_depth=5)
+        budget = {"model_frames": args.model_frames, "model_steps": args.model_steps}
+        for seed in args.seeds:
+            settings = i2a.Args(seed=seed, imagination_depth=5, **budget, **task_settings(task))
             i2a.seed_everything(seed, True)
             rng, start = torch.Generator().manual_seed(seed), time.time()
             env_model = i2a.EnvModel(settings)
@@ -151,9 +149,8 @@ def main(args: Args) -> None:
                 metrics = kinds_metrics(env_model, data)
                 starts = data["frames"][torch.randperm(len(data["frames"]), generator=rng)[:2000]]
                 metrics |= depth_metrics(settings, env_model, starts, seed)
-                row = {"task": task, "model_frames": frames, "model_steps": steps, "states": name}
-                row |= {"seed": seed, "seconds": seconds} | {k: round(v, 5) for k, v in metrics.items()}
-                rows.append(show(row))
+                row = {"task": task} | budget | {"states": name, "seed": seed, "seconds": seconds}
+                rows.append(show(row | {k: round(v, 5) for k, v in metrics.items()}))
     write_rows(rows, "i2a_model.csv")
 
 

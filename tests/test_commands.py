@@ -82,7 +82,6 @@ PROGRAMS = {
     "benchmark/i2a_evaluate.py random": ("--tasks 6x6-1 --episodes 8", "benchmark/results/i2a_random.csv"),
     "benchmark/i2a_evaluate.py boxes": ("--episodes 4", "benchmark/results/i2a_boxes.csv"),
     "benchmark/i2a_evaluate.py search": ("--episodes 2 --rollouts 2 --depth 2", "benchmark/results/i2a_search.csv"),
-    "benchmark/i2a_evaluate.py lesions": ("--episodes 4", "benchmark/results/i2a_lesions.csv"),
     "benchmark/i2a_evaluate.py picture": ("--depth 2", "docs/i2a_imagined.png"),
     "benchmark/i2a_evaluate.py film": ("--fewest 1", "docs/i2a_film.gif"),
     "benchmark/i2a_model.py": (
