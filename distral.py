@@ -401,6 +401,8 @@ def evaluate_tasks(agent: DistralAgent, args: Args, H: int, W: int, device: torc
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line, over the flags of the checkpoint to resume or evaluate."""
     args = tyro.cli(Args, args=argv)
+    if args.resume and args.evaluate:
+        sys.exit("--resume goes on with a run, --evaluate plays an agent: give one of them")
     if args.resume or args.evaluate:
         args = tyro.cli(Args, args=argv, default=saved_args(args.resume or args.evaluate))
     tasks = (*args.tasks, args.held_out)
@@ -408,6 +410,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--tasks needs at least one, each once, and --held-out another one")
     if not 0 <= args.alpha <= 1:
         sys.exit(f"--alpha {args.alpha} must be from 0 to 1")
+    if min(args.total_timesteps, args.num_envs, args.num_steps) < 1:
+        sys.exit("--total-timesteps, --num-envs and --num-steps must be at least 1")
     if not 0 < args.beta < math.inf:
         sys.exit(f"--beta {args.beta} must be above 0 and finite")
     if not 0 <= args.seed < EVAL_SEED // 1000:  # training takes the seeds 1000 * seed + i

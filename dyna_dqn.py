@@ -402,6 +402,8 @@ def imagine_rows(q_net: nn.Module, env_model: DeltaModel, s: Tensor, epsilon: fl
 def parse_args(argv: list[str] | None = None) -> Args:
     """The flags of the command line; the others are those of the checkpoint to resume or evaluate, or the defaults."""
     given = tyro.cli(Args, args=argv)
+    if given.resume and given.evaluate:
+        sys.exit("--resume goes on with a run, --evaluate plays an agent: give one of them")
     path = given.resume or given.evaluate
     args = tyro.cli(Args, args=argv, default=saved_args(path)) if path else given
     least = {

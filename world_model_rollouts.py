@@ -682,6 +682,8 @@ def load_parts(parts: dict[str, Any], state: dict[str, Any], path: str) -> None:
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line, over the flags of the checkpoint to resume or evaluate."""
     args = tyro.cli(Args, args=argv)
+    if args.resume and args.evaluate:
+        sys.exit("--resume goes on with a run, --evaluate plays an agent: give one of them")
     if path := args.resume or args.evaluate:
         args = tyro.cli(Args, args=argv, default=saved_args(path))
     counts = ("total_timesteps", "initial_steps", "steps_per_iteration", "ensemble_size", "model_epochs", "horizon")
