@@ -107,6 +107,14 @@ def test_gaussian_process_learns_a_linear_system_and_keeps_to_its_limit():
     assert error.square().mean() < 1e-3 and variance.isfinite().all()
 
 
+def test_a_state_that_never_changes_keeps_its_scale():
+    data, _, _ = shared.linear_data(50)
+    data["s"][:, 1] = 3.0
+    model = GaussianProcessModel(2, 1, shared.wide(2))
+    model.standardize(data)
+    assert model.x_std[0] == data["s"][:, 0].std() and model.x_std[1] == 1
+
+
 def test_steps_are_drawn_from_the_posterior_and_stay_in_the_space():
     model, x, y = small_process()
     model.bounds = (torch.tensor([-1e9]), torch.tensor([0.5]))
@@ -167,6 +175,8 @@ def test_the_loop_collects_fits_and_measures(monkeypatch):
     rows = main(Args(**FLAGS, seed=3))
     shared.check_collection(watched, rows, 1)
     assert watched.processes == [21, 41, 50] and all(row["losses/gp_loss"] == 0.125 for row in rows)
+    assert rows == sorted(rows, key=lambda row: row["charts/minutes"])  # they are added up
+    assert len(main(Args(**FLAGS, stop_return=25.0))) == 1  # the mean of the returns 20 and 30 is enough
 
 
 def test_the_loop_trains_in_imagination(monkeypatch):
@@ -197,7 +207,7 @@ def test_imagination_that_is_not_finite_is_named(monkeypatch):
         main(Args(**FLAGS))
 
 
-def test_a_resumed_run_is_the_whole_run_and_is_evaluated(tmp_path, capsys):
+def test_a_resumed_run_is_the_whole_run_and_is_evaluated(tmp_path, capsys, monkeypatch):
     flags = {name: x for name, x in shared.SMALL.items() if name != "model_hidden"} | {"gp_points": 40, "gp_steps": 3}
     whole = main(Args(**flags, exp_name="whole"))
     main(Args(**flags | {"total_timesteps": 80}, exp_name="half"))
@@ -205,5 +215,8 @@ def test_a_resumed_run_is_the_whole_run_and_is_evaluated(tmp_path, capsys):
     rest = main(parse_args(["--resume", str(path), "--total-timesteps", "160"]))
     times = {"charts/minutes": 0}
     assert [row | times for row in rest] == [row | times for row in whole]
+    seeds, make_envs = [], world_model_gp.RealEnvs
+    monkeypatch.setattr(world_model_gp, "RealEnvs", lambda *args: seeds.append(args[3]) or make_envs(*args))
     rows = main(parse_args(["--evaluate", str(path.with_name("agent.pt")), "--eval-episodes", "9"]))
     assert f"9 episodes: return {rows[0]['eval/return']:.4g} ± " in capsys.readouterr().out
+    assert seeds == [100_000, 175_000]  # not the episodes from 150,000 that --stop-return judged
