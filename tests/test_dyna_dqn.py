@@ -21,6 +21,7 @@ class RampEnv(gym.Env):
     """State (t / 10, episode / 100, real steps / 1000); action 1 adds to t what action 0 doesn't; ends after 7 steps.
 
     Awkward as `kind` says: it ends by truncation or never, fills one array again, counts actions from 3, pays arrays.
+    The kind "uneven" ends when t reaches 7, and pays 1 a step.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), dtype=np.float32)
@@ -47,10 +48,12 @@ class RampEnv(gym.Env):
         self.steps += 1
         end = self.count == 7 and self.kind != "endless"
         reward = np.array([float(self.t == 1)]) if self.kind == "arrays" else float(self.t == 1)
+        if self.kind == "uneven":
+            end, reward = self.t >= 7, 1.0
         return self._observe(), reward, end and self.kind != "truncated", end and self.kind == "truncated", {}
 
 
-for kind in ("", "truncated", "endless", "reused", "start", "arrays"):
+for kind in ("", "truncated", "endless", "reused", "start", "arrays", "uneven"):
     gym.register(f"TestRamp{kind}-v0", entry_point=RampEnv, kwargs={"kind": kind})
 
 
@@ -137,12 +140,12 @@ def test_imagination_acts_by_q_and_explores_as_told():
 
 
 def test_greedy_returns_are_those_of_each_run_and_its_first_episodes():
-    net = RunsMLP(2, [3, 2])  # run 0 always takes action 1, run 1 action 0; only that one is paid, once an episode
+    net = RunsMLP(2, [3, 2])  # run 0 always takes action 1 and ends after 4 steps, run 1 action 0
     with torch.no_grad():
         net.weights[0].zero_()
         net.biases[0].copy_(torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]))
-    envs = dyna_dqn.make_feature_envs(Args(env_id="TestRamp-v0"), 6)
-    assert greedy_returns(envs, net, torch.device("cpu"), seed=1).tolist() == [[0, 0, 0], [1, 1, 1]]
+    envs = dyna_dqn.make_feature_envs(Args(env_id="TestRampuneven-v0"), 6)
+    assert greedy_returns(envs, net, torch.device("cpu"), seed=1).tolist() == [[4, 4, 4], [7, 7, 7]]
 
 
 def run(**flags) -> tuple[dict, list[dict[str, float]]]:

@@ -155,8 +155,8 @@ def test_members_differ_and_are_drawn_at_random_at_each_step():
     model = EnsembleModel(5, 2, 1, (8,), True, wide(2))
     assert len({tuple(w.flatten().tolist()) for w in model.net.weights[0]}) == 5
     model, rng = marked_model(5), generator()
-    s, a = torch.zeros(1003, 1), torch.zeros(1003, 1)  # 1003: the shares aren't even
-    drawn = torch.stack([model.step(s, a, rng)[0][:, 0] for _ in range(60)])  # (steps, rows)
+    s, a = torch.linspace(-40, 40, 1003)[:, None], torch.zeros(1003, 1)  # 1003: the shares aren't even
+    drawn = torch.stack([(model.step(s, a, rng)[0] - s)[:, 0].round() for _ in range(60)])  # (steps, rows)
     counts = torch.stack([(drawn == k).sum(1) for k in range(5)])
     assert counts.min() >= 197 and counts.max() <= 204  # a fifth of the rows each, at every step
     share = torch.stack([(drawn == k).float().mean(0) for k in range(5)])  # and a row draws them all
@@ -259,7 +259,7 @@ class TwoStateModel:
         return s2, self.r[state, action], torch.full((len(s),), 0.2)
 
 
-@pytest.mark.parametrize("horizon", [3, 1000])  # truncated episodes go on with their value: the gradient is the same
+@pytest.mark.parametrize("horizon", [1, 1000])  # truncated episodes go on with their value: the gradient is the same
 def test_policy_gradient_of_two_states(horizon):
     agent, logits, go_on = RolloutActorCritic(2, 2, (), True), torch.tensor([[0.4, 0.0], [-0.2, 0.1]]), 0.9 * 0.8
     p = logits.softmax(1)
@@ -269,7 +269,7 @@ def test_policy_gradient_of_two_states(horizon):
     with torch.no_grad():
         agent.actor[0].weight.copy_(logits.T)
         agent.critic[0].weight.copy_(V[None])
-    envs = ImaginedEnvs(TwoStateModel().step, torch.eye(2)[:1], 40_000, horizon, generator())
+    envs = ImaginedEnvs(TwoStateModel().step, torch.eye(2), 40_000, horizon, generator())
     batch = wm.policy_rollout(envs, agent, 8, generator(2))
     args = Args(gamma=0.9, gae_lambda=0.8, update_epochs=1)
     wm.improve_policy(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, 1.0, args, generator(3))
@@ -278,7 +278,7 @@ def test_policy_gradient_of_two_states(horizon):
     visits = batch["s"].mean((0, 1))  # d(s)
     exact = visits[:, None] * p * (Q - V[:, None])  # Σ_s d(s) Σ_a ∂π(a|s) Q(s, a)
     np.testing.assert_allclose(gradient, exact, atol=0.006)
-    assert exact.abs().min() > 0.04
+    assert exact.abs().min() > 0.025
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.01])
