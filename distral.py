@@ -61,7 +61,7 @@ class Args:
     tasks: tuple[str, ...] = ("5x5-1", "5x5-2", "6x5-1", "6x6-1")  # tasks: HxW-boxes
     held_out: str = "6x6-2"  # a task that nothing learns on: pi_0 is evaluated on it
     algorithm: Literal["distral", "independent", "multitask", "two-column"] = "distral"  # others: A2C without a pull
-    columns: Literal[1, 2] = 2  # 2: pi_i = softmax(alpha h + beta f_i), as in the paper; 1: each policy is its own network
+    columns: Literal[1, 2] = 2  # 2: pi_i = softmax(alpha h + beta f_i); 1: a network for each policy
     alpha: float = 0.5  # c_KL / (c_KL + c_Ent). 1: KL only; 0: entropy only
     beta: float = 500.0  # 1 / (c_KL + c_Ent), where rewards are scaled by reward_scale
     view: Literal["player", "board"] = "player"  # player: networks see the board with the player in the middle
