@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The I2A studies behind docs/i2a.md: runs, tables and figures. Runs are resumable, and what is under runs/ is not run
-# again. About ten hours of one CPU thread; JOBS=4 benchmark/i2a.sh runs four at a time.
+# again. About twelve hours of one CPU thread; JOBS=4 benchmark/i2a.sh runs four at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -25,10 +25,18 @@ $run --study i2a_depth --variants "model-free=" "depth-8-greedy=" --collect-only
 python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6 0.7 \
   --at-frames 200000 300000 --sps depth-8-greedy=449 model-free=1895
 
-# 3. 10x10 rooms with four boxes
+# 3. 10x10 rooms with four boxes. The larger agent learns on DeepMind's first ten files and on the generator's levels
+ten="--size 10 --num-boxes 4 --max-episode-steps 120 --log-frequency 50000"
 $run --study flagship --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \
-  "model-free=--agent model-free" \
-  --flags="--size 10 --num-boxes 4 --max-episode-steps 120 --total-timesteps 5000000 --log-frequency 50000"
+  "model-free=--agent model-free" --flags="$ten --total-timesteps 5000000"
+mkdir -p levels
+cp boxoban-levels/unfiltered/train/00[0-9].txt levels
+python tools/sokoban.py generate --output levels/generated.txt --num-levels 30000 --seed 20
+large="--agent model-free --levels levels --cnn-channels 64 64 64 --no-cnn-padding"
+$run --study flagship --seeds 11 --variants "model-free-64=$large --no-anneal-lr" --flags="$ten --total-timesteps 4000000"
+python i2a.py --resume runs/*__flagship-model-free-64__11__*/checkpoint.pt --anneal-lr --ent-coef 0.005 \
+  --total-timesteps 5000000
+$run --study flagship --seeds 11 --variants "i2a=" "model-free=" "model-free-64=" --collect-only
 python benchmark/curves.py --study flagship --thresholds 0.1 0.3 --at-frames 500000 1000000 1400000 2000000 3000000
 
 # 4. The paper's setting, one seed of each
