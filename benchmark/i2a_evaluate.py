@@ -1,6 +1,7 @@
 """What trained I2A agents can do beside their task. A sub-command each, and its table under benchmark/results:
 
     python benchmark/i2a_evaluate.py levels runs/NAME/agent.pt --levels boxoban-levels/unfiltered/valid
+    python benchmark/i2a_evaluate.py retries runs/NAME/agent.pt --levels boxoban-levels/unfiltered/valid
     python benchmark/i2a_evaluate.py random
     python benchmark/i2a_evaluate.py boxes runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py search runs/NAME/agent.pt
@@ -59,6 +60,23 @@ def levels(paths: tuple[str, ...], /, levels: str, most_levels: int = 1000) -> N
         who = about(path, args) | {"file": levels, "actions": "greedy" if greedy else "sampled"}
         rows.append(show(who | evaluated(args, networks, i2a.read_levels(levels, args.size)[:most_levels])))
     write_rows(rows, "i2a_levels.csv")
+
+
+def retries(paths: tuple[str, ...], /, levels: str, most_levels: int = 1000, most: int = 10) -> None:
+    """The share of levels solved in 1 to `most` tries with sampled actions."""
+    rows = []
+    for path in paths:
+        args, networks = load_agent(path)
+        boards = i2a.read_levels(levels, args.size)[:most_levels]
+        ever = torch.zeros(len(boards), dtype=torch.bool)
+        for tries in range(1, most + 1):
+            _, solved = i2a.evaluate(replace(args, seed=tries), networks, boards, CPU)
+            ever |= solved
+            share = ever.double().mean().item()
+            low, high = wilson(share, len(boards))
+            numbers = {"tries": tries, "solved": share, "solved_low": low, "solved_high": high}
+            rows.append(show(about(path, args) | {"file": levels, "levels": len(boards)} | numbers))
+    write_rows(rows, "i2a_retries.csv")
 
 
 def random(
@@ -261,5 +279,5 @@ def film(
 
 if __name__ == "__main__":
     i2a.keep_freed_memory()
-    commands = (levels, random, boxes, search, picture, film)
+    commands = (levels, retries, random, boxes, search, picture, film)
     tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands})

@@ -79,6 +79,7 @@ PROGRAMS = {
     ),
     "benchmark/gpu.py": ("--device cpu --tiny --parts fast", "benchmark/results/gpu_fast.csv"),
     "benchmark/i2a_evaluate.py levels": ("", "benchmark/results/i2a_levels.csv"),
+    "benchmark/i2a_evaluate.py retries": ("--most 2", "benchmark/results/i2a_retries.csv"),
     "benchmark/i2a_evaluate.py random": ("--tasks 6x6-1 --episodes 8", "benchmark/results/i2a_random.csv"),
     "benchmark/i2a_evaluate.py boxes": ("--episodes 4", "benchmark/results/i2a_boxes.csv"),
     "benchmark/i2a_evaluate.py search": ("--episodes 2 --rollouts 2 --depth 2", "benchmark/results/i2a_search.csv"),
