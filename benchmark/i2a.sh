@@ -33,7 +33,8 @@ mkdir -p levels
 cp boxoban-levels/unfiltered/train/00[0-9].txt levels
 python tools/sokoban.py generate --output levels/generated.txt --num-levels 30000 --seed 20
 large="--agent model-free --levels levels --cnn-channels 64 64 64 --no-cnn-padding"
-$run --study flagship --seeds 11 --variants "model-free-64=$large --no-anneal-lr" --flags="$ten --total-timesteps 4000000"
+$run --study flagship --seeds 11 --variants "model-free-64=$large --no-anneal-lr" \
+  --flags="$ten --total-timesteps 4000000"
 python i2a.py --resume runs/*__flagship-model-free-64__11__*/checkpoint.pt --anneal-lr --ent-coef 0.005 \
   --total-timesteps 5000000
 $run --study flagship --seeds 11 --variants "i2a=" "model-free=" "model-free-64=" --collect-only
@@ -47,6 +48,7 @@ python benchmark/curves.py --study i2a_paper_small --thresholds 0.1 0.15 --at-fr
 # 5. The learned model, speed (nothing else running), and what trained agents can do
 python benchmark/i2a_model.py
 python benchmark/i2a_throughput.py
+python benchmark/i2a_evaluate.py retries checkpoints/model_free_10x10_4boxes.pt --levels boxoban-levels/unfiltered/valid
 python benchmark/i2a_evaluate.py random
 python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt
 python benchmark/i2a_evaluate.py search runs/*__i2a_8x8-i2a__11__*/agent.pt
