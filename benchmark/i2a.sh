@@ -50,5 +50,6 @@ python benchmark/i2a_model.py
 python benchmark/i2a_throughput.py
 python benchmark/i2a_evaluate.py retries checkpoints/model_free_10x10_4boxes.pt --levels boxoban-levels/unfiltered/valid
 python benchmark/i2a_evaluate.py random
-python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt
+python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt \
+  checkpoints/model_free_10x10_4boxes.pt
 python benchmark/i2a_evaluate.py search runs/*__i2a_8x8-i2a__11__*/agent.pt
