@@ -159,7 +159,7 @@ class Logger:
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
-                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
+                sys.exit(f"--track: log in by `wandb login`, or set WANDB_MODE=offline: {str(e).splitlines()[0]}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
@@ -780,6 +780,8 @@ def main(args: Args) -> list[dict[str, float]]:
     for row in rows:
         logger.log(args.distill_steps, row)
     logger.close()
+    if args.save_model:
+        print(f"to measure them again: python {sys.argv[0]} --evaluate {path}")
     return rows
 
 

@@ -79,7 +79,7 @@ class Args:
     dense: int = 128  # units of a column's dense layer
     log_frequency: int = 20_000  # frames between rows of metrics, each with a checkpoint
     resume: str | None = None  # continue from this checkpoint.pt, with its flags; others beside it override them
-    evaluate: str | None = None  # evaluate this checkpoint.pt or agent.pt, and stop
+    evaluate: str | None = None  # evaluate this checkpoint.pt or agent.pt, with its flags, and stop
     eval_episodes: int = 200  # held-out levels of each task in an evaluation
 
 
@@ -146,7 +146,7 @@ class Logger:
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
-                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
+                sys.exit(f"--track: log in by `wandb login`, or set WANDB_MODE=offline: {str(e).splitlines()[0]}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
@@ -558,6 +558,7 @@ def main(args: Args) -> dict[str, float]:
     logger.close()
     if args.save_model:
         save_checkpoint(logger.path.with_name("agent.pt"), export)
+        print(f"to measure it again: python {sys.argv[0]} --evaluate runs/{run_name}/agent.pt")
     return {name: value for name, value in metrics.items() if name.startswith("eval/")}
 
 

@@ -110,7 +110,7 @@ class Logger:
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
-                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
+                sys.exit(f"--track: log in by `wandb login`, or set WANDB_MODE=offline: {str(e).splitlines()[0]}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
@@ -145,8 +145,10 @@ def load_tables(path: str) -> tuple[Args, dict[str, np.ndarray]]:
         with np.load(path) as file:
             tables = dict(file)
         return Args(**json.loads(str(tables.pop("args")))), tables
+    except OSError as e:
+        sys.exit(f"can't read the tables {path}: {e.strerror or e}")
     except Exception as e:  # a damaged file can fail anywhere in numpy's reader
-        sys.exit(f"can't read the tables {path}: {e!r:.120}")
+        sys.exit(f"can't read the tables {path}: damaged, or not an agent.npz of this script ({type(e).__name__})")
 
 
 # -------------------------------------------------------------------------------------------------------- environment
@@ -362,6 +364,7 @@ def main(args: Args) -> dict[str, Any]:
     tables = {"Q": Q, "counts": counts, "log_prior": log_prior, "goals": goals}
     if args.save_model:
         save_tables(logger.path.with_name("agent.npz"), args, tables)
+        print(f"to measure it again: python {sys.argv[0]} --evaluate runs/{run_name}/agent.npz")
     logger.close()
     return {**tables, "rows": rows}
 

@@ -89,7 +89,7 @@ class Args:
     eval_episodes: int = 10  # episodes of an evaluation
     stop_return: float | None = None  # stop once an evaluation of every run reaches this mean return
     resume: str | None = None  # continue from this checkpoint.pt, with its flags and a new episode
-    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
+    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, with its flags, and stop
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -148,7 +148,7 @@ class Logger:
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
-                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
+                sys.exit(f"--track: log in by `wandb login`, or set WANDB_MODE=offline: {str(e).splitlines()[0]}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
@@ -215,8 +215,9 @@ def make_feature_env(args: Args, video: str | None = None) -> gym.Env:
             env.render()  # fails here, with a reason, if it can't film
             env = gym.wrappers.RecordVideo(env, video)
     except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
-        reason = (str(e) or "it has no render()").splitlines()[0]
-        sys.exit(f"can't {'film' if video else 'make'} --env-id {args.env_id}: {reason}; try CartPole-v1")
+        reason = (str(e) or "it has no render()").splitlines()[0].rstrip(".")
+        verb, own = ("film", "") if video else ("make", ", or your own as my_env:MyEnv-v0")
+        sys.exit(f"can't {verb} --env-id {args.env_id}: {reason}; try CartPole-v1{own}")
     actions, states = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Discrete):
         sys.exit(f"{args.env_id} has the action space {actions}, DQN needs a Discrete one: try CartPole-v1")

@@ -4,8 +4,8 @@ An agent learns Q from each real step, keeps what the step did in a table (its m
 steps out of that table. The four steps are the four numbered blocks of the loop in `main`; K = 0 is Q-learning.
 Variants: Dyna-Q+ (--kappa), prioritised sweeping (--prioritized), and counts for stochastic environments.
 
-Different from the book: planning picks its actions ε-greedily by Q, among the actions tried in the state (this rule of
-the lecture that this project follows is --planning-action q). The book's rule, any tried action, is `visited`.
+Different from the book: planning picks its actions ε-greedily by Q, among the actions tried in the state. That is the
+rule of the lecture that this project follows. `--planning-action visited` is the book's: any tried action.
 
     python dyna_q.py --planning-steps 50 --planning-action visited         # the book's Dyna maze
     python dyna_q.py --env-id ShortcutMaze-v0 --alpha 1 --planning-steps 50 --kappa 1e-3 --planning-action visited
@@ -68,7 +68,7 @@ class Args:
     prioritized: bool = False  # prioritised sweeping: the largest errors first, and backwards from them
     theta: float = 1e-4  # prioritised sweeping: the smallest error that enters the queue
     log_frequency: int = 1000  # real steps between rows of metrics (0: write no files at all)
-    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
+    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, with its flags, and stop
     eval_episodes: int = 100  # episodes of an evaluation
 
 
@@ -128,7 +128,7 @@ class Logger:
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
-                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
+                sys.exit(f"--track: log in by `wandb login`, or set WANDB_MODE=offline: {str(e).splitlines()[0]}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
@@ -263,8 +263,9 @@ def make_table_env(args: Args, video: str | None = None) -> gym.Env:
             env.render()  # fails here, with a reason, if it can't film
             env = gym.wrappers.RecordVideo(env, video)
     except (gym.error.Error, ValueError, TypeError, ImportError, NotImplementedError) as e:
-        reason = (str(e) or "it has no render()").splitlines()[0]
-        sys.exit(f"can't {'film' if video else 'make'} --env-id {args.env_id}: {reason}; try DynaMaze-v0")
+        reason = (str(e) or "it has no render()").splitlines()[0].rstrip(".")
+        verb, own = ("film", "") if video else ("make", ", or your own as my_env:MyEnv-v0")
+        sys.exit(f"can't {verb} --env-id {args.env_id}: {reason}; try DynaMaze-v0{own}")
     if not isinstance(env.action_space, gym.spaces.Discrete):
         sys.exit(f"{args.env_id} has the action space {env.action_space}, tables need a Discrete one: try DynaMaze-v0")
     states = env.observation_space
@@ -363,9 +364,11 @@ def main(args: Args, watch: Callable[[int, int, list[list[float]], dict[Any, int
     if args.evaluate:
         return evaluate_table(args)
     seed_everything(args.seed, args.torch_deterministic)
+    env = make_table_env(args)
     run_name = new_run(f"{args.env_id}__{args.exp_name}__{args.seed}") if args.log_frequency else ""
+    if args.capture_video:
+        env = make_table_env(args, f"videos/{run_name}")
     logger = Logger(args, run_name) if args.log_frequency else None
-    env = make_table_env(args, f"videos/{run_name}" if args.capture_video else None)
     actions, first_action = list(range(int(env.action_space.n))), int(env.action_space.start)
     alpha, gamma, epsilon, kappa, K = args.alpha, args.gamma, args.epsilon, args.kappa, args.planning_steps
     uniform = random.Random(args.seed).random  # int(uniform() * n) is the fastest way to an integer

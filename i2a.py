@@ -115,7 +115,7 @@ class Args:
     bf16: bool = False  # bfloat16 autocast
     log_frequency: int = 20_000  # frames between rows of metrics, each with a checkpoint
     resume: str | None = None  # continue from this checkpoint.pt, with its flags; others beside it override them
-    evaluate: str | None = None  # evaluate this checkpoint.pt or agent.pt, and stop
+    evaluate: str | None = None  # evaluate this checkpoint.pt or agent.pt, with its flags, and stop
     eval_episodes: int = 1000  # held-out levels of an evaluation
     eval_levels: str | None = None  # evaluate on this Boxoban file or folder
     greedy: bool = False  # evaluate the likeliest actions instead of sampled ones
@@ -202,7 +202,7 @@ class Logger:
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
-                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
+                sys.exit(f"--track: log in by `wandb login`, or set WANDB_MODE=offline: {str(e).splitlines()[0]}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
@@ -1003,7 +1003,7 @@ def main(args: Args) -> None:
     global_step, minutes, start, rows, run_name = 0, 0.0, time.time(), [], ""
     if state:
         if len(state.get("processes", [])) != world:
-            sys.exit(f"{path} can't go on in {world} processes: take the checkpoint.pt of a run with as many")
+            sys.exit(f"{path} can't go on: --resume takes a checkpoint.pt, of as many processes (here {world})")
         run_name, rows, global_step, minutes = (state[name] for name in ("run_name", "rows", "global_step", "minutes"))
         local = state["processes"][rank]
         if len(local["rng"]) == len(rng.get_state()):
@@ -1125,7 +1125,7 @@ def main(args: Args) -> None:
         if args.save_model:
             export = {"args": asdict(replace(args, resume=None)), "networks": networks.state_dict()}
             save_checkpoint(logger.path.with_name("agent.pt"), export | {"global_step": global_step})
-            print(f"wrote runs/{run_name}/agent.pt: python i2a.py --evaluate plays it on held-out levels")
+            print(f"to measure it again: python {sys.argv[0]} --evaluate runs/{run_name}/agent.pt")
         logger.close()
     if world > 1:
         dist.destroy_process_group()

@@ -84,7 +84,7 @@ class Args:
     eval_episodes: int = 50  # episodes of the evaluation after each iteration, with greedy actions
     stop_return: float | None = None  # stop once an evaluation reaches this mean return
     resume: str | None = None  # continue from this checkpoint.pt, with its flags; others beside it override them
-    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, and stop
+    evaluate: str | None = None  # evaluate the greedy policy of this agent.pt, with its flags, and stop
 
 
 # ---------------------------------------------------------------------------------- utilities, the same in every script
@@ -150,7 +150,7 @@ class Logger:
                     resume="allow", config=vars(args), dir=str(self.path.parent),
                 )  # fmt: skip
             except wandb.Error as e:
-                sys.exit(f"--track: {str(e).splitlines()[0]}; log in by `wandb login`, or set WANDB_MODE=offline")
+                sys.exit(f"--track: log in by `wandb login`, or set WANDB_MODE=offline: {str(e).splitlines()[0]}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write a row. A loss that is not finite ends the run: log before you save, and the checkpoint is good."""
@@ -244,7 +244,8 @@ class RealEnvs:
             self.envs = gym.make_vec(env_id, num_envs, "sync", reset_at_once, wrappers, **kwargs)
             s, _ = self.envs.reset(seed=seed)
         except (gym.error.Error, ValueError, TypeError, ImportError) as e:
-            sys.exit(f"can't make --env-id {env_id}: {str(e).splitlines()[0]}")
+            reason = str(e).splitlines()[0].rstrip(".")
+            sys.exit(f"can't make --env-id {env_id}: {reason}; try CartPole-v1, or your own as my_env:MyEnv-v0")
         self.device, self.noise, self.rng = device, noise, np.random.default_rng(seed)
         states, actions = self.envs.single_observation_space, self.envs.single_action_space
         self.discrete = isinstance(actions, gym.spaces.Discrete)
@@ -722,6 +723,8 @@ def main(args: Args) -> list[dict[str, float]]:
     data: dict[str, Tensor] = state.get("data", {})
     global_step, iteration, minutes = state.get("global_step", 0), state.get("iteration", 0), state.get("minutes", 0.0)
     if state:
+        if "rng" not in state:
+            sys.exit(f"{path} can't go on: --resume takes a checkpoint.pt")
         rng.set_state(state["rng"].cpu())
         if global_step >= args.total_timesteps:
             sys.exit(f"{path} has had all of its {global_step} steps: --evaluate it, or give more --total-timesteps")

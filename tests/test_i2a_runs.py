@@ -427,7 +427,7 @@ def test_two_processes_train_one_agent(tmp_path: pathlib.Path):
     assert state["global_step"] == 1024 + 4 * 64  # 2 x 8 environments x 4 steps an update
     assert_equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
     assert_equal(torch.load("weights0.pt"), state["networks"])
-    assert "in 1 processes" in refused("--resume", str(folder / "checkpoint.pt"), "--total-timesteps", "2000")
+    assert "processes (here 1)" in refused("--resume", str(folder / "checkpoint.pt"), "--total-timesteps", "2000")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -457,7 +457,7 @@ def test_bad_checkpoints():
     good = folder / "checkpoint.pt"
     state = torch.load(good)
     export = str(good.with_name("agent.pt"))
-    assert export in refused("--resume", export)  # weights only
+    assert f"{export} can't go on: --resume takes a checkpoint.pt" in refused("--resume", export)
     for flag, *change in (["--evaluate", "--dense", "17"], ["--resume", "--size", "7"], ["--resume", "--agent", "i2a"]):
         assert f"{good} was made with other parts or sizes" in refused(flag, str(good), *change)
     for change in (["--num-envs", "4"], ["--optimizer", "rmsprop"]):

@@ -208,6 +208,7 @@ def test_ctrl_c_is_one_line(name, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tyro, "cli", interrupted)
+    monkeypatch.setattr("gymnasium.envs.registration.registry", {})  # the script registers environments again
     assert message(lambda: runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")).startswith("stopped")
 
 

@@ -212,6 +212,8 @@ def test_a_resumed_run_is_the_whole_run_and_is_evaluated(tmp_path, capsys, monke
     whole = main(Args(**flags, exp_name="whole"))
     main(Args(**flags | {"total_timesteps": 80}, exp_name="half"))
     (path,) = tmp_path.glob("runs/*half*/checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"agent.pt can't go on: --resume takes a checkpoint.pt"):
+        main(parse_args(["--resume", str(path.with_name("agent.pt"))]))
     rest = main(parse_args(["--resume", str(path), "--total-timesteps", "160"]))
     times = {"charts/minutes": 0}
     assert [row | times for row in rest] == [row | times for row in whole]

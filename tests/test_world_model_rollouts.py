@@ -587,6 +587,8 @@ def test_a_resumed_run_is_the_whole_run(env_id, tmp_path):
     whole = main(Args(**flags, exp_name="whole"))
     half = main(Args(**flags, exp_name="half", iterations=1))
     (path,) = tmp_path.glob("runs/*half*/checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"agent.pt can't go on: --resume takes a checkpoint.pt"):
+        main(parse_args(["--resume", str(path.with_name("agent.pt"))]))
     state = torch.load(path, weights_only=True)
     assert len(state["data"]["s"]) == 80 and state["iteration"] == 1
     rest = main(parse_args(["--resume", str(path), "--iterations", "9"]))
