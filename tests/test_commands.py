@@ -112,6 +112,7 @@ NOT_RUN = {
     ". .venv/bin/activate": ".ci/run does it",
     "pip install -r requirements.txt": ".ci/run does it",
     "python -m pytest": "this is it",
+    "wandb login": "needs an account",
     "wandb sync runs/NAME/wandb/offline-run-*": "needs an account; tests/test_utilities.py tracks offline",
     "torchrun --nproc-per-node 4 i2a.py --num-envs 1024 --num-minibatches 32": "needs four GPUs, as the next one",
     "python i2a.py --cuda-graph --no-torch-deterministic --num-envs 1024 --num-minibatches 32": (

@@ -183,6 +183,8 @@ def test_the_loop_trains_in_imagination(monkeypatch):
     watched = WatchedProcess(monkeypatch)
     main(Args(**FLAGS | {"policy_updates": 4, "total_timesteps": 21, "gamma": 0.9}))
     shared.check_imagination(watched, watched.fits[0]["s"], 1)
+    fresh = torch.Generator().manual_seed(1).get_state()
+    assert all(torch.equal(state, fresh) for *_, state in watched.checks)  # the same luck at each check
 
 
 @pytest.mark.parametrize(
