@@ -256,9 +256,7 @@ def test_the_checks_pass_and_see_what_differs(gpu: types.ModuleType, monkeypatch
 
 
 def test_the_command_writes_what_it_measures(gpu: types.ModuleType, tmp_path: pathlib.Path):
-    gpu.main(gpu.Args(parts=("fast", "learn"), device="cpu", tiny=True, output=str(tmp_path)))
+    gpu.main(gpu.Args(parts=("fast",), device="cpu", tiny=True, output=str(tmp_path)))
     speeds = {row["what"]: float(row["value"]) for row in gpu.read_rows(tmp_path / "gpu_fast.csv")}
     assert speeds.keys() >= {"bf16", "steps, 1,000 levels", "levels", "model-free", "depth 3"}
     assert min(speeds.values()) > 0 and speeds["model-free"] > speeds["depth 3"]
-    *rows, last = gpu.read_rows(tmp_path / "gpu_learn.csv")
-    assert rows and 0 <= float(last["eval/solved"]) <= 1 and (tmp_path / "gpu_checkpoint.pt").stat().st_size < 2**24

@@ -1,0 +1,138 @@
+"""An agent for 10x10 rooms with four boxes, on a GPU and against the clock, measured on DeepMind's levels on the way.
+
+    python benchmark/gpu_flagship.py model-free --seconds 470 --flags="--agent model-free"
+    python benchmark/gpu_flagship.py i2a --seconds 440 --flags="--greedy-rollouts"
+
+Runs i2a.py in pieces, on the levels in the folder levels/ (benchmark/gpu.sh makes it):
+1. to 4 M frames at a constant rate;
+2. from there, as a branch, 1 M frames with a rate that falls to 0: what 5 M frames can do;
+3. from the end of the first piece at the constant rate, from 10 M frames on in minibatches of 1,024 rows instead of 256;
+4. in the last quarter of the time, on from there with a rate that falls to 0.
+With --contest only the first, until the time is up. Each evaluation is a row of gpu_flagship_NAME.csv in `--output`;
+checkpoints (first.pt, branch.pt, constant.pt, checkpoint.pt) are in the run's folder under runs/.
+"""
+
+import contextlib
+import functools
+import pathlib
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import tyro
+from common import RESULTS, ROOT, show, wilson, write_rows
+
+sys.path.insert(0, str(ROOT))
+import i2a
+import sokoban_env
+
+TASK = (
+    "--size 10 --num-boxes 4 --max-episode-steps 120 --levels levels --seed 11 --no-anneal-lr --no-torch-deterministic "
+    "--num-envs 1024 --num-steps 8 --num-minibatches 32 --learning-rate 7e-4 --cnn-channels 128 128 128 "
+    "--no-cnn-padding --dense 512 --log-frequency 250000 --no-save-model"
+)
+
+
+@dataclass
+class Args:
+    name: tyro.conf.Positional[str]  # of the run
+    seconds: float  # for everything
+    flags: str = ""  # of i2a.py, behind those of the task
+    contest: bool = False  # only the first piece, until the time is up
+    first: int = 4_000_000  # frames of the first piece
+    branch: int = 1_000_000  # frames of the branch
+    large_from: int = 10_000_000  # frames after which minibatches are larger
+    every: int = 500_000  # frames between evaluations
+    valid: str = "boxoban-levels/unfiltered/valid"  # the levels of the evaluations, of which
+    num_levels: int = 1000  # so many are played
+    output: str = str(RESULTS)  # folder of the table
+
+
+class TimeIsUp(Exception):
+    """Raised where i2a.py saves a checkpoint."""
+
+
+class Trainer:
+    """Runs pieces of a training, and measures the agent on the way."""
+
+    def __init__(self, args: Args) -> None:
+        self.args, self.start, self.rows, self.piece = args, time.time(), [], ""
+        self.deadline, self.next, self.speeds = 0.0, args.every, []
+        self.levels = i2a.read_levels(args.valid, 10)[: args.num_levels]
+        self.save_checkpoint, i2a.save_checkpoint = i2a.save_checkpoint, self.save
+        self.path, self.step = pathlib.Path(), 0  # of the last checkpoint
+
+    def save(self, path: pathlib.Path, state: dict[str, Any]) -> None:
+        """In the place of i2a.py's save_checkpoint."""
+        self.save_checkpoint(path, state)
+        self.path, self.step = path, state["global_step"]
+        self.speeds.append(state["rows"][-1]["charts/SPS"])
+        if self.step >= self.next:
+            self.next = (self.step // self.args.every + 1) * self.args.every
+            self.measure(state)
+        if time.time() > self.deadline:
+            raise TimeIsUp
+
+    def measure(self, state: dict[str, Any]) -> None:
+        args, device = i2a.Args(**state["args"]), next(iter(state["networks"].values())).device
+        networks = i2a.make_networks(args, device)
+        networks.load_state_dict(state["networks"])
+        for greedy in (False, True):
+            metrics, _ = i2a.evaluate(replace(args, greedy=greedy), networks, self.levels, device)
+            low, high = wilson(metrics["eval/solved"], len(self.levels))
+            row = {
+                "agent": self.args.name, "piece": self.piece, "frames": self.step,
+                "seconds": time.time() - self.start, "actions": "greedy" if greedy else "sampled",
+                "solved": metrics["eval/solved"], "low": low, "high": high,
+                "training": state["rows"][-1].get("charts/solved", ""), "SPS": self.speeds[-1],
+                "minibatch": args.num_envs * args.num_steps // args.num_minibatches,
+            }  # fmt: skip
+            self.rows.append(show(row))
+        output = pathlib.Path(self.args.output).resolve()
+        write_rows(self.rows, str(output / f"gpu_flagship_{self.args.name}.csv"))
+
+    def run(self, piece: str, flags: str, deadline: float) -> None:
+        """Train until --total-timesteps, or until the deadline."""
+        self.piece, self.deadline, self.speeds = piece, deadline, []
+        print(f"{time.time() - self.start:.0f} s: {piece} {flags}", flush=True)
+        with contextlib.suppress(TimeIsUp):
+            i2a.main(i2a.parse_args(flags.split()))
+
+    def keep(self, name: str) -> pathlib.Path:
+        """A copy of the last checkpoint, which the next piece would overwrite."""
+        return pathlib.Path(shutil.copy(self.path, self.path.with_name(name)))
+
+
+def falling(rate: float, step: int, total: int) -> str:
+    """Flags for a rate that falls from `rate` at `step` to 0 at `total`; i2a.py's line begins at frame 0."""
+    return f"--ent-coef 0.005 --anneal-lr --learning-rate {rate / (1 - step / total):.3g} --total-timesteps {total}"
+
+
+def main(args: Args) -> None:
+    sokoban_env.load_levels = functools.cache(sokoban_env.load_levels)  # each piece reads them again
+    trainer = Trainer(args)
+    end, last = trainer.start + args.seconds, trainer.start + 0.75 * args.seconds
+    task = f"{TASK} --exp-name {args.name} {args.flags}" + (" --cuda-graph" if torch.cuda.is_available() else "")
+    if args.contest:
+        trainer.run("contest", f"{task} --total-timesteps 1000000000", end)
+        return
+    trainer.run("constant", f"{task} --total-timesteps {args.first}", end)
+    start, step = trainer.keep("first.pt"), trainer.step
+    trainer.run("branch", f"--resume {start} {falling(3e-4, step, step + args.branch)}", end)
+    trainer.keep("branch.pt")
+    trainer.next = step + args.every
+    trainer.run("constant", f"--resume {start} --total-timesteps {args.large_from}", last)
+    if time.time() < last:
+        flags = f"--resume {trainer.path} --num-minibatches 8 --total-timesteps 1000000000"
+        trainer.run("large", flags, last)
+    # Nine tenths of what the time allows: a piece takes time to start, and should be over
+    total = trainer.step + int(0.9 * statistics.median(trainer.speeds) * (end - time.time()))
+    trainer.run("falling", f"--resume {trainer.keep('constant.pt')} {falling(5e-4, trainer.step, total)}", end)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
