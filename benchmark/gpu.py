@@ -3,7 +3,8 @@
     python benchmark/gpu.py --minutes 3                        # both parts, on a GPU
     python benchmark/gpu.py --device cpu --tiny --minutes 3    # the same at a tiny size: does the command run?
 
-Whether it learns, and how fast: gpu_flagship.py. A machine with PyTorch and no network lacks a few pure Python packages: benchmark/gpu.sh brings them as wheels.
+Whether it learns, and how fast: gpu_flagship.py. A machine with PyTorch and no network lacks a few pure Python
+packages: benchmark/gpu.sh brings them as wheels.
 
 Parts, in this order; each writes its rows to `--output` as soon as it has them, and what fails is a row, and stops
 nothing:

@@ -6,10 +6,10 @@
 Runs i2a.py in pieces, on the levels in the folder levels/ (benchmark/gpu.sh makes it):
 1. to 4 M frames at a constant rate;
 2. from there, as a branch, 1 M frames with a rate that falls to 0: what 5 M frames can do;
-3. from the end of the first piece at the constant rate, from 10 M frames on in minibatches of 1,024 rows instead of 256;
+3. from the end of the first piece at the constant rate, from 10 M frames on in minibatches of 1,024 rows, not 256;
 4. in the last quarter of the time, on from there with a rate that falls to 0.
-With --contest only the first, until the time is up. Each evaluation is a row of gpu_flagship_NAME.csv in `--output`;
-checkpoints (first.pt, branch.pt, constant.pt, checkpoint.pt) are in the run's folder under runs/.
+With --contest only the first, until the time is up. Each evaluation is a row of gpu_flagship_NAME.csv in `--output`,
+the agent is NAME.pt beside it (float16, under 5 MB), and checkpoints are in the run's folder under runs/.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,14 @@ class Trainer:
         with contextlib.suppress(TimeIsUp):
             i2a.main(i2a.parse_args(flags.split()))
 
+    def export(self) -> None:
+        """The agent for a CPU, its weights as float16 but for the environment model's."""
+        state = i2a.load_checkpoint(str(self.path), "cpu")
+        args = replace(i2a.Args(**state["args"]), env_model_path=None, cuda_graph=False)
+        half = {k: x if k.startswith("env_model.") else x.half() for k, x in state["networks"].items()}
+        agent = {"args": asdict(args), "networks": half, "global_step": state["global_step"]}
+        self.save_checkpoint(pathlib.Path(self.args.output) / f"{self.args.name}.pt", agent)
+
     def keep(self, name: str) -> pathlib.Path:
         """A copy of the last checkpoint, which the next piece would overwrite."""
         return pathlib.Path(shutil.copy(self.path, self.path.with_name(name)))
@@ -132,6 +140,7 @@ def main(args: Args) -> None:
     # Nine tenths of what the time allows: a piece takes time to start, and should be over
     total = trainer.step + int(0.9 * statistics.median(trainer.speeds) * (end - time.time()))
     trainer.run("falling", f"--resume {trainer.keep('constant.pt')} {falling(5e-4, trainer.step, total)}", end)
+    trainer.export()
 
 
 if __name__ == "__main__":
