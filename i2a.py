@@ -79,7 +79,8 @@ class Args:
     num_steps: int = 32  # steps of a rollout before each update
     optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSProp is the paper's
     learning_rate: float = 1e-3  # learning rate
-    anneal_lr: bool = True  # let it fall linearly to 0
+    anneal_lr: bool = True  # let it fall linearly to 0, from
+    anneal_from: float = 0.7  # this share of the frames on; 0 is CleanRL's line
     gamma: float = 0.97  # discount
     gae_lambda: float = 0.95  # 1: the n-step returns of the paper
     num_minibatches: int = 8  # minibatches of an epoch
@@ -952,6 +953,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
     if args.cuda_graph and args.num_envs * args.num_steps % args.num_minibatches:
         sys.exit("--cuda-graph needs --num-minibatches of one size: a divisor of --num-envs times --num-steps")
+    if not 0 <= args.anneal_from < 1:
+        sys.exit("--anneal-from must be at least 0, and less than 1")
     if args.imagination_depth < 1 or args.model_frames < 640:
         sys.exit("--imagination-depth must be at least 1, and --model-frames 640")
     if not 0 <= args.seed < EVAL_SEED // 1000:
@@ -1049,7 +1052,9 @@ def main(args: Args) -> None:
         learn = Captured(learn, rng) if world == 1 else learn  # several processes talk in an update
     bar = tqdm(total=args.total_timesteps, initial=global_step, disable=rank > 0 or not sys.stderr.isatty())
     while global_step < args.total_timesteps:
-        left = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+        left = 1.0
+        if args.anneal_lr:
+            left = min(1.0, (1 - global_step / args.total_timesteps) / (1 - args.anneal_from))
         learning_rate.fill_(args.learning_rate * left)
         for group in optimizer.param_groups:  # set in any case: --resume brings the old rate back
             group["lr"] = learning_rate if args.cuda_graph else args.learning_rate * left

@@ -116,8 +116,9 @@ class Trainer:
 
 
 def falling(rate: float, step: int, total: int) -> str:
-    """Flags for a rate that falls from `rate` at `step` to 0 at `total`; i2a.py's line begins at frame 0."""
-    return f"--ent-coef 0.005 --anneal-lr --learning-rate {rate / (1 - step / total):.3g} --total-timesteps {total}"
+    """Flags for a rate that falls from `rate` at `step` to 0 at `total`."""
+    line = f"--anneal-lr --anneal-from {step / total:.6f} --learning-rate {rate}"
+    return f"{line} --ent-coef 0.005 --total-timesteps {total}"
 
 
 def main(args: Args) -> None:

@@ -35,8 +35,8 @@ python tools/sokoban.py generate --output levels/generated.txt --num-levels 3000
 large="--agent model-free --levels levels --cnn-channels 64 64 64 --no-cnn-padding"
 $run --study flagship --seeds 11 --variants "model-free-64=$large --no-anneal-lr" \
   --flags="$ten --total-timesteps 4000000"
-python i2a.py --resume runs/*__flagship-model-free-64__11__*/checkpoint.pt --anneal-lr --ent-coef 0.005 \
-  --total-timesteps 5000000
+python i2a.py --resume runs/*__flagship-model-free-64__11__*/checkpoint.pt --anneal-lr --anneal-from 0 \
+  --ent-coef 0.005 --total-timesteps 5000000
 $run --study flagship --seeds 11 --variants "i2a=" "model-free=" "model-free-64=" --collect-only
 python benchmark/curves.py --study flagship --thresholds 0.1 0.3 --at-frames 500000 1000000 1400000 2000000 3000000
 
