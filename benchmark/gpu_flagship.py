@@ -139,7 +139,7 @@ def main(args: Args) -> None:
         flags = f"--resume {trainer.path} --num-minibatches 8 --total-timesteps 1000000000"
         trainer.run("large", flags, last)
     # Nine tenths of what the time allows: a piece takes time to start, and should be over
-    total = trainer.step + int(0.9 * statistics.median(trainer.speeds) * (end - time.time()))
+    total = trainer.step + max(1, int(0.9 * statistics.median(trainer.speeds) * (end - time.time())))
     trainer.run("falling", f"--resume {trainer.keep('constant.pt')} {falling(5e-4, trainer.step, total)}", end)
     trainer.export()
 

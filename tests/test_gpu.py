@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import itertools
 import pathlib
 import shutil
 import types
@@ -222,7 +223,7 @@ def test_a_checkpoint_of_another_device_goes_on():
     i2a.main(i2a.parse_args(["--resume", str(path), "--total-timesteps", "2048"]))
     resumed = torch.load(path, weights_only=True)
     assert len(resumed["rows"]) > len(state["rows"]) and resumed["global_step"] == 2048
-    assert resumed["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.0009765625 / 16)
+    assert resumed["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.0009765625 / 16 / 0.3)
 
 
 @pytest.fixture
@@ -260,3 +261,31 @@ def test_the_command_writes_what_it_measures(gpu: types.ModuleType, tmp_path: pa
     speeds = {row["what"]: float(row["value"]) for row in gpu.read_rows(tmp_path / "gpu_fast.csv")}
     assert speeds.keys() >= {"bf16", "steps, 1,000 levels", "levels", "model-free", "depth 3"}
     assert min(speeds.values()) > 0 and speeds["model-free"] > speeds["depth 3"]
+
+
+def test_the_trained_agent_is_measured_on_the_way(
+    gpu: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    flagship = importlib.import_module("gpu_flagship")
+    clock = types.SimpleNamespace(time=functools.partial(next, itertools.count()))  # a second each time it is asked
+    monkeypatch.setattr(flagship, "time", clock)
+    monkeypatch.setattr(i2a, "save_checkpoint", i2a.save_checkpoint)  # both are replaced: put back after the test
+    monkeypatch.setattr(sokoban_env, "load_levels", sokoban_env.load_levels)
+    sokoban_env.save_levels("levels.txt", sokoban_env.generate_levels(4, size=10, num_boxes=4, seed=1)[0])
+    flags = (
+        "--agent model-free --num-envs 8 --num-steps 4 --num-minibatches 8 --cnn-channels 4 --dense 4 "
+        "--levels levels.txt --log-frequency 64 --eval-episodes 2 --max-episode-steps 8"
+    )
+    settings = {"first": 128, "branch": 64, "large_from": 256, "every": 64, "num_levels": 2, "valid": "levels.txt"}
+    flagship.main(flagship.Args("agent", 60.0, flags, output=str(tmp_path), **settings))
+    rows = gpu.read_rows(tmp_path / "gpu_flagship_agent.csv")
+    frames = {piece: [] for piece in ("constant", "branch", "large", "falling")}
+    for row in rows[::2]:
+        frames[row["piece"]].append(int(row["frames"]))
+    assert frames["constant"] == [64, 128, 192, 256] and frames["branch"] == [192]
+    assert frames["large"][0] == 320 and frames["falling"][0] == frames["large"][-1] + 64
+    metrics = gpu.read_rows(next(pathlib.Path("runs").glob("*__agent__*/metrics.csv")))
+    rates = {int(row["global_step"]): float(row["charts/learning_rate"] or 0) for row in metrics}
+    assert all(rates[step] == 7e-4 for step in frames["constant"][:3] + frames["large"])
+    assert [*rates.values()][-1] < rates[frames["falling"][0]] < 5e-4
+    i2a.main(i2a.parse_args(["--evaluate", str(tmp_path / "agent.pt")]))

@@ -173,13 +173,19 @@ def test_each_epoch_sees_each_row_once(symmetry: bool, monkeypatch: pytest.Monke
     assert len({which for _, which, _ in calls}) > 1 if symmetry else {which for _, which, _ in calls} == {0}
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_the_learning_rate_falls_to_nothing(anneal: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("anneal", "expected"),
+    [
+        ("--anneal-from 0", [0.004, 0.003, 0.002, 0.001]),
+        ("--anneal-from 0.5", [0.004, 0.004, 0.004, 0.002]),
+        ("--no-anneal-lr", [0.004] * 4),
+    ],
+)
+def test_the_learning_rate_falls_to_nothing(anneal: str, expected: list[float], monkeypatch: pytest.MonkeyPatch):
     rates, update = [], i2a.update
     monkeypatch.setattr(i2a, "update", lambda *a: rates.append([g["lr"] for g in a[2].param_groups]) or update(*a))
     flags = ["--env-model", "copy", "--update-epochs", "1", "--num-minibatches", "1", "--total-timesteps", "128"]
-    folder = train(*TINY, *flags, "--learning-rate", "0.004", *["--no-anneal-lr"] * (not anneal))
-    expected = [0.004, 0.003, 0.002, 0.001] if anneal else [0.004] * 4
+    folder = train(*TINY, *flags, "--learning-rate", "0.004", *anneal.split())
     assert rates == [pytest.approx([x, x]) for x in expected]
     assert [row.get("charts/learning_rate") for row in rows_of(folder)[:2]] == pytest.approx(expected[1::2])
 
@@ -374,7 +380,7 @@ def test_a_killed_run_resumes_bit_for_bit(flags: list[str], when: str, monkeypat
     assert other["args"]["resume"] is torch.load(killed / "agent.pt")["args"]["resume"] is None
 
 
-@pytest.mark.parametrize("anneal", [["--anneal-lr"], ["--no-anneal-lr"]])
+@pytest.mark.parametrize("anneal", [["--anneal-from", "0"], ["--no-anneal-lr"]])
 def test_flags_beside_resume_win(anneal: list[str], drawn: list, monkeypatch: pytest.MonkeyPatch):
     flags = ["--agent", "model-free", "--num-boxes", "1", "--total-timesteps", "320", *anneal]
     path, rates, update = train(*TINY, *flags) / "checkpoint.pt", [], i2a.update
@@ -383,7 +389,7 @@ def test_flags_beside_resume_win(anneal: list[str], drawn: list, monkeypatch: py
     monkeypatch.setattr(i2a, "update", lambda *a: rates.append(a[2].param_groups[0]["lr"]) or update(*a))
     changes = ["--num-boxes", "2", "--learning-rate", "1e-4", "--total-timesteps", "640"]
     i2a.main(i2a.parse_args(["--resume", str(path), *changes]))
-    assert rates[0] == pytest.approx(0.5e-4 if anneal == ["--anneal-lr"] else 1e-4)
+    assert rates[0] == pytest.approx(0.5e-4 if "--anneal-from" in anneal else 1e-4)
     after = [chosen for num, chosen in drawn if num == 8 and len(chosen) < 8]  # what followed on finished episodes
     assert len(after) > 10 and all((chosen.eq(3) | chosen.eq(4)).flatten(1).sum(1).eq(2).all() for chosen in after)
     assert torch.load(path)["global_step"] == 640 and torch.load(path)["args"]["num_boxes"] == 2
