@@ -38,7 +38,7 @@ $run --study flagship --seeds 11 --variants "model-free-64=$large --no-anneal-lr
 python i2a.py --resume runs/*__flagship-model-free-64__11__*/checkpoint.pt --anneal-lr --anneal-from 0 \
   --ent-coef 0.005 --total-timesteps 5000000
 $run --study flagship --seeds 11 --variants "i2a=" "model-free=" "model-free-64=" --collect-only
-python benchmark/curves.py --study flagship --thresholds 0.1 0.3 --at-frames 500000 1000000 1400000 2000000 3000000
+python benchmark/curves.py --study flagship --reference gpu-i2a --thresholds 0.1 0.3 0.5 --at-frames 500000 1000000 2000000 4000000
 
 # 4. The paper's setting, one seed of each
 $run --study i2a_paper_small --seeds 11 --variants "${three[@]}" --flags="--preset paper-small --total-timesteps 400000"

@@ -1,13 +1,14 @@
 """Watch an agent of i2a.py play in the terminal: what it would do, how sure it is, and what it expects.
 
     python tools/watch.py checkpoints/i2a_7x7_2boxes.pt
-    python tools/watch.py checkpoints/model_free_10x10_4boxes.pt --levels levels.txt --delay 0.5
+    python tools/watch.py checkpoints/i2a_10x10_4boxes.pt --levels levels.txt --delay 0.5
 
 Without --levels it plays held-out levels of its own size. A levels path is a Boxoban or XSB file, or a folder of them.
 Beside each board stand the actions with their probabilities and, of an I2A, the rewards that its model imagines after
 each; `*` marks the action that is taken. Ctrl-C ends it.
 """
 
+import os
 import pathlib
 import sys
 import time
@@ -100,3 +101,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except BrokenPipeError:  # what it was piped into reads no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
