@@ -94,7 +94,7 @@ def test_the_shipped_agents_are_those_of_the_pages():
     for path, digest in agents.items():
         assert re.search(rf"checkpoints/{re.escape(path.name)}\).*?SHA-256 `{digest}`", text, re.DOTALL), path.name
         assert path.stat().st_size < 5e6
-    assert len(agents) == 2
+    assert len(agents) == 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
