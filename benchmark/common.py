@@ -23,6 +23,15 @@ def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def read_runs(study: str) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """By variant and seed: the rows of benchmark/results/STUDY.csv, without what is empty in them."""
+    runs: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for row in read_rows(RESULTS / f"{study}.csv"):
+        numbers = {name: float(x) for name, x in row.items() if x and name not in ("study", "variant")}
+        runs.setdefault(row["variant"], {}).setdefault(int(row["seed"]), []).append(numbers)
+    return runs
+
+
 def write_rows(rows: Iterable[dict[str, Any]], name: str) -> None:
     """The rows as benchmark/results/`name`, with every column that one of them has; never leaves half a file."""
     rows, target = list(rows), RESULTS / name
@@ -53,6 +62,32 @@ def half_interval(values: Sequence[float]) -> float:
     # beyond the table: Cornish and Fisher's expansion about the normal quantile
     t = STUDENT.get(n) or z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
     return t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and the ends of its 95 % interval."""
+    mean, half = float(np.mean(values)), half_interval(values)
+    return mean, mean - half, mean + half
+
+
+def geometric(values: Sequence[float]) -> tuple[float, float, float]:
+    """The geometric mean, and the ends of its 95 % interval (Student's t on the logarithms)."""
+    mean, low, high = np.exp(interval(np.log(values)))
+    return mean, low, high
+
+
+def columns(name: str, numbers: tuple[float, float, float], digits: str = ".5g") -> dict[str, str]:
+    """A mean and the ends of its interval as columns `name`, `name`_low and `name`_high."""
+    mean, low, high = (f"{x:{digits}}" for x in numbers)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def steps_to(points: Sequence[tuple[float, float]], goal: float) -> tuple[float, bool]:
+    """Of (steps, return): the steps to the first return at the goal, or all steps; and whether there is one."""
+    for steps, value in points:
+        if value >= goal:
+            return steps, True
+    return points[-1][0], False
 
 
 def wilson(share: float, number: int, z: float = 1.96) -> tuple[float, float]:
