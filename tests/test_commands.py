@@ -57,13 +57,12 @@ PROGRAMS = {
     ),
     "benchmark/distral_sokoban.py": ("", "benchmark/results/distral_summary.csv"),
     "benchmark/distral_tabular_figures.py": (
-        "--report-only",
+        "",
         "benchmark/results/distral_tabular_summary.csv docs/distral_tabular.png",
     ),
-    "benchmark/dyna_figures.py --parts maze": ("--seeds 2", "benchmark/results/dyna_q_maze.csv docs/dyna_q_maze.png"),
-    "benchmark/dyna_figures.py --parts sweeping": (
-        "--seeds 2",
-        "benchmark/results/dyna_q_sweeping.csv docs/dyna_q_frozenlake.png",
+    "benchmark/dyna_figures.py": (
+        "--most-seeds 2",
+        "benchmark/results/dyna_q_maze.csv benchmark/results/dyna_q_sweeping.csv docs/dyna_q_maze.png",
     ),
     "benchmark/dyna_neural.py": ("", "benchmark/results/dyna_dqn_table.csv docs/dyna_dqn.png"),
     "benchmark/run.py": (
@@ -89,10 +88,7 @@ PROGRAMS = {
         "--tasks 7x7-2 --seeds 1 --test-frames 640 --model-frames 1000 --model-steps 2",
         "benchmark/results/i2a_model.csv",
     ),
-    "benchmark/i2a_throughput.py": (
-        "--tasks '7x7-2, paper-small' --seconds 0",
-        "benchmark/results/i2a_throughput.csv",
-    ),
+    "benchmark/i2a_throughput.py": ("--seconds 0", "benchmark/results/i2a_throughput.csv"),
     "benchmark/level_statistics.py": ("--num-levels 50", "benchmark/results/level_statistics.csv"),
     "benchmark/world_model_figures.py": (
         "",
