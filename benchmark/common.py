@@ -5,7 +5,9 @@ import math
 import os
 import pathlib
 import platform
-from collections.abc import Iterable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -52,6 +54,21 @@ def show(row: dict[str, Any]) -> dict[str, Any]:
 
 def hardware() -> str:
     return f"{platform.processor() or platform.machine()}, one thread, torch {version('torch')}"
+
+
+def rates(work: Callable[[], int], seconds: float, repeats: int) -> dict[str, float]:
+    """How much `work` does in a second of the processor, after a warm-up: the best and the median of some measurements.
+
+    Each takes `seconds` or one call; a call returns how much it did.
+    """
+    work()
+    found = []
+    for _ in range(repeats):
+        done, start = 0, time.process_time()
+        while (elapsed := time.process_time() - start) < seconds or not done:
+            done += work()
+        found.append(done / elapsed)
+    return {"best": max(found), "median": statistics.median(found)}
 
 
 def half_interval(values: Sequence[float]) -> float:

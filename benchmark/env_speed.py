@@ -12,11 +12,9 @@ count. A peer python is an interpreter in whose environment gym-sokoban or Juman
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import ROOT, hardware, show, write_rows
+from common import ROOT, hardware, rates, show, write_rows
 
 sys.path.insert(0, str(ROOT))
 import sokoban_env
@@ -93,18 +91,9 @@ def cases(levels: torch.Tensor) -> Iterator[tuple[str, int | str, Callable[[], i
     yield "generate 7x7, 2 boxes", "", generating(2000, 7, 2)
 
 
-def rate(work: Callable[[], int], seconds: float) -> float:
-    done, start = 0, time.process_time()
-    while (elapsed := time.process_time() - start) < seconds or not done:
-        done += work()
-    return done / elapsed
-
-
 def our_rows(levels: torch.Tensor, args: Args) -> Iterator[dict[str, Any]]:
     for what, envs, work in cases(levels):
-        work()  # warms up
-        rates = [rate(work, args.seconds) for _ in range(args.repeats)]
-        yield {"package": "ours", "what": what, "envs": envs, "best": max(rates), "median": statistics.median(rates)}
+        yield {"package": "ours", "what": what, "envs": envs} | rates(work, args.seconds, args.repeats)
 
 
 def peer_rows(levels: torch.Tensor, args: Args) -> Iterator[dict[str, Any]]:

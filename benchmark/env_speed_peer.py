@@ -8,27 +8,19 @@ import importlib.util
 import itertools
 import json
 import os
-import statistics
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 
 import numpy as np
+from common import rates
 
 
 def report(package: str, what: str, envs: int | str, work: Callable[[], int], args: argparse.Namespace) -> None:
-    work()
-    rates = []
-    for _ in range(args.repeats):
-        done, start = 0, time.process_time()
-        while time.process_time() - start < args.seconds or not done:
-            done += work()
-        rates.append(done / (time.process_time() - start))
     row = {"package": f"{package} {version(package)}", "what": what, "envs": envs}
-    print(json.dumps(row | {"best": max(rates), "median": statistics.median(rates)}), flush=True)
+    print(json.dumps(row | rates(work, args.seconds, args.repeats)), flush=True)
 
 
 def gym_sokoban(levels: np.ndarray, args: argparse.Namespace) -> None:

@@ -96,7 +96,7 @@ PROGRAMS = {
     "benchmark/overview.py": ("", "docs/overview.png"),
     "benchmark/world_model_extras.py speed": ("", "benchmark/results/world_model_speed.csv"),
     "benchmark/world_model_extras.py likelihood": (
-        "--seeds 1 --flags='--model-epochs 1'",
+        "--seeds 1 --points 20",
         "benchmark/results/world_model_likelihood.csv",
     ),
     "tools/watch.py": ("--most 1 --delay 0", ""),
