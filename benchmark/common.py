@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -15,6 +16,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
+sys.path.insert(0, str(ROOT))  # whoever imports this module can import the scripts
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 STUDENT |= dict(enumerate((2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093), 10))

@@ -8,7 +8,6 @@ The runs are those of benchmark/distillation.sh; a row of the file that has a sc
 """
 
 import itertools
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,10 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from common import ROOT, half_interval, hardware, read_runs, show, write_rows
+from common import half_interval, hardware, read_runs, show, write_rows
 from curves import plt, save
-
-sys.path.insert(0, str(ROOT))
 
 import distillation
 from distillation import PolicyNet
@@ -124,6 +121,7 @@ def acting_speed() -> list[Row]:
 
     Medians of 100 calls; the least of 20 rounds, in which every network has its turn: others may use the machine.
     """
+    distillation.keep_freed_memory()
     sizes = [(7, 7)], [5]  # shapes of observations, numbers of actions
     teacher = PolicyNet(*sizes, distillation.BOARD_WIDTHS, "player")
     total, networks = distillation.acting_parameters(teacher), {1.0: teacher}

@@ -12,15 +12,13 @@ Intervals: 95 %, Student's t.
 import itertools
 import pathlib
 import shlex
-import sys
 from typing import Any
 
 import numpy as np
 import tyro
-from common import RESULTS, ROOT, columns, geometric, half_interval, read_rows, read_runs, show, write_rows
+from common import RESULTS, columns, geometric, half_interval, read_rows, read_runs, show, write_rows
 from curves import draw_mean, plt, save
 
-sys.path.insert(0, str(ROOT))
 import distral_tabular as script
 
 STUDY = "distral_tabular"

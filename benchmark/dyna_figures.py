@@ -9,17 +9,15 @@ there, and (maze, changing, frozenlake) a figure in docs/. What the page quotes 
 
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
+from common import RESULTS, half_interval, read_rows, show, write_rows
 from curves import draw_mean, plt, save
 
-sys.path.insert(0, str(ROOT))
 import dyna_q
 
 # The independent implementation that figure 8.2 is held against: mean steps by K and episode, over 30 seeds

@@ -9,16 +9,14 @@ the ratio to them all count at multiples of 2,500, or the others would have five
 are geometric means, with 95 % intervals (Student's t on the logarithms, ratios over paired seeds).
 """
 
-import sys
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from common import ROOT, columns, geometric, half_interval, read_runs, show, steps_to, write_rows
+from common import columns, geometric, half_interval, read_runs, show, steps_to, write_rows
 from curves import draw_mean, plt, save
 
-sys.path.insert(0, str(ROOT))
 import dyna_dqn
 
 GOALS = {"cartpole": 475.0, "acrobot": -100.0}
@@ -39,34 +37,34 @@ def read_curves() -> dict[str, dict[int, Curve]]:
     return curves
 
 
-def table(curves: dict[str, dict[int, Curve]]) -> list[dict[str, Any]]:
-    ends: dict[str, dict[int, tuple[float, bool]]] = {}  # by variant and seed: steps to the goal, whether it got there
-    rare_ends: dict[str, dict[int, tuple[float, bool]]] = {}  # the same at CleanRL's evaluations
-    for variant, runs in curves.items():
-        goal = GOALS[variant.split("-")[0]]
-        ends[variant] = {seed: steps_to(curve, goal) for seed, curve in runs.items()}
-        rare = {seed: [point for point in curve if point[0] % COARSE == 0] for seed, curve in runs.items()}
-        rare_ends[variant] = {seed: steps_to(curve, goal) for seed, curve in rare.items()}
-    rows = []
-    for variant, runs in curves.items():
-        env, mode = variant.split("-")
-        row = {"variant": variant, "goal": GOALS[env], "seeds": len(runs)}
-        row["reached"] = sum(there for _, there in ends[variant].values())
-        row["reached_coarse"] = sum(there for _, there in rare_ends[variant].values())
-        row |= columns("steps", geometric([steps for steps, _ in ends[variant].values()]))
-        if mode != "cleanrl":
-            row |= columns("cleanrl_ratio", step_ratio(rare_ends[f"{env}-cleanrl"], rare_ends[variant]))
-            last = [np.mean([value for _, value in curve[-4:]]) for curve in runs.values()]
-            row |= {"last_return": f"{np.mean(last):.4g}", "last_half_interval": f"{half_interval(last):.3g}"}
-        if mode == "model":
-            row |= columns("replay_ratio", step_ratio(ends[f"{env}-replay"], ends[variant]))
-        rows.append(show(row))
-    return rows
+def ends(runs: dict[int, Curve], goal: float, every: int) -> dict[int, tuple[float, bool]]:
+    """Of each seed the steps to the goal, and whether it got there, by its evaluations at multiples of `every`."""
+    return {seed: steps_to([point for point in curve if point[0] % every == 0], goal) for seed, curve in runs.items()}
 
 
 def step_ratio(theirs: dict[int, tuple[float, bool]], own: dict[int, tuple[float, bool]]) -> tuple[float, float, float]:
     """The geometric mean of their steps over ours, seed by seed."""
     return geometric([theirs[seed][0] / steps for seed, (steps, _) in own.items()])
+
+
+def table(curves: dict[str, dict[int, Curve]]) -> list[dict[str, Any]]:
+    rows = []
+    for variant, runs in curves.items():
+        env, mode = variant.split("-")
+        goal = GOALS[env]
+        own, coarse = ends(runs, goal, 1), ends(runs, goal, COARSE)
+        row = {"variant": variant, "goal": goal, "seeds": len(runs)}
+        row["reached"] = sum(there for _, there in own.values())
+        row["reached_coarse"] = sum(there for _, there in coarse.values())
+        row |= columns("steps", geometric([steps for steps, _ in own.values()]))
+        if mode != "cleanrl":
+            row |= columns("cleanrl_ratio", step_ratio(ends(curves[f"{env}-cleanrl"], goal, COARSE), coarse))
+            last = [np.mean([value for _, value in curve[-4:]]) for curve in runs.values()]
+            row |= {"last_return": f"{np.mean(last):.4g}", "last_half_interval": f"{half_interval(last):.3g}"}
+        if mode == "model":
+            row |= columns("replay_ratio", step_ratio(ends(curves[f"{env}-replay"], goal, 1), own))
+        rows.append(show(row))
+    return rows
 
 
 def draw(curves: dict[str, dict[int, Curve]]) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import torch
 import tyro
 from common import ROOT, hardware, rates, show, write_rows
 
-sys.path.insert(0, str(ROOT))
 import sokoban_env
 
 LIMIT = 120  # steps of an episode

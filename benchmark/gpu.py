@@ -35,7 +35,6 @@ import tyro
 from common import RESULTS, ROOT, read_rows, show, write_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(ROOT))
 import i2a
 from sokoban_env import SokobanVectorEnv, generate_levels
 

@@ -12,18 +12,15 @@ Agents are agent.pt or checkpoint.pt. Shares solved have their 95 % interval (Wi
 
 import itertools
 import pathlib
-import sys
 from dataclasses import replace
 
 import torch
 import tyro
-from common import ROOT, show, wilson, write_rows
+from common import show, wilson, write_rows
 from curves import plt, save
+from i2a_model import CPU, load_agent
 from matplotlib.animation import PillowWriter
 from torch import Tensor, nn
-
-sys.path.insert(0, str(ROOT))
-from i2a_model import CPU, load_agent
 
 import i2a
 from sokoban_env import convert_observation

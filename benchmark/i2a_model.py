@@ -8,17 +8,15 @@ Columns: the share of next boards that are right in every cell, of those with re
 rollouts of five random actions that the simulator plays alike.
 """
 
-import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import tyro
-from common import ROOT, show, write_rows
+from common import show, write_rows
 from torch import Tensor
 
-sys.path.insert(0, str(ROOT))
 import i2a
 from sokoban_env import SokobanVectorEnv, generate_levels
 

@@ -8,13 +8,11 @@ Shapes: `L` levels, `H, W` board, `K` boxes.
 
 import itertools
 import pathlib
-import sys
 
 import numpy as np
 import tyro
-from common import ROOT, show, write_rows
+from common import show, write_rows
 
-sys.path.insert(0, str(ROOT))
 from sokoban_env import BOX, BOX_ON_TARGET, PLAYER, PLAYER_ON_TARGET, TARGET, WALL, generate_levels, load_levels
 
 

@@ -8,17 +8,15 @@ Each writes benchmark/results/world_model_<WHAT>.csv.
 
 import itertools
 import math
-import sys
 import time
 from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from common import ROOT, show, write_rows
+from common import show, write_rows
 from torch import Tensor
 
-sys.path.insert(0, str(ROOT))
 import world_model_gp as gp
 import world_model_rollouts as wm
 
