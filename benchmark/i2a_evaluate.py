@@ -18,16 +18,24 @@ import torch
 import tyro
 from common import show, wilson, write_rows
 from curves import plt, save
-from i2a_model import CPU, load_agent
 from matplotlib.animation import PillowWriter
 from torch import Tensor, nn
 
 import i2a
 from sokoban_env import convert_observation
 
+CPU = torch.device("cpu")
 ACTIONS = ("no-op", "up", "down", "left", "right")
 ROLLOUTS, DEPTH = 10, 5  # of each action in a search, and their steps
 Row = dict[str, object]
+
+
+def load_agent(path: str, **changes: object) -> tuple[i2a.Args, nn.ModuleDict]:
+    """The flags of an agent's file, with changes, and its networks."""
+    args = replace(i2a.saved_args(path), **changes)
+    networks = i2a.make_networks(args, CPU)
+    i2a.load_networks(networks, path)
+    return args, networks
 
 
 def about(path: str, args: i2a.Args) -> Row:
