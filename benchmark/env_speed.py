@@ -99,8 +99,8 @@ def peer_rows(levels: torch.Tensor, args: Args) -> Iterator[dict[str, Any]]:
         path = pathlib.Path(folder) / "levels.npy"
         np.save(path, levels.numpy())
         for python in args.peer_pythons:
-            command = [python, str(ROOT / "benchmark" / "env_speed_peer.py"), str(path)]
-            command += ["--seconds", str(args.seconds), "--repeats", str(args.repeats)]
+            program = str(ROOT / "benchmark" / "env_speed_peer.py")
+            command = [python, program, str(path), str(args.seconds), str(args.repeats)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
             yield from (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
