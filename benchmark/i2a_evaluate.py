@@ -216,14 +216,16 @@ def draw_scene(figure: plt.Figure, scene: dict, kind: str) -> None:
             axis.set_ylabel(f"{ACTIONS[a]}\n{float(scene['policy'][a]):.0%}", color="black" if chosen else "gray")
 
 
-def film(path: str, /, output: pathlib.Path = pathlib.Path("docs/i2a_film.gif")) -> None:
+def film(
+    path: str, /, output: pathlib.Path = pathlib.Path("docs/i2a_film.gif"), fewest: int = 8, most: int = 16
+) -> None:
     """A GIF: an I2A solves a held-out level, and beside the board stands what it imagines before each step.
 
-    The level is the first of 200 that it solves in 8 to 16 steps.
+    The level is the first of 200 that it solves in `fewest` to `most` steps.
     """
     args, networks = load_agent(path, eval_episodes=200)
     games = (play_level(args, networks, level) for level in i2a.held_out_levels(args))
-    scenes = next(game for game in games if 8 <= len(game) - 1 <= 16)
+    scenes = next(game for game in games if fewest <= len(game) - 1 <= most)
     figure = plt.figure(figsize=(8.8, 7))
     writer = PillowWriter(fps=2)
     with writer.saving(figure, output, dpi=75):
