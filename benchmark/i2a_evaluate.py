@@ -4,8 +4,8 @@
     python benchmark/i2a_evaluate.py random
     python benchmark/i2a_evaluate.py boxes runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py search runs/NAME/agent.pt
-    python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt
-    python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7_2boxes.pt
+    python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt --seed 1
+    python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7_2boxes.pt --fewest 8 --most 16 --output docs/i2a_film.gif
 
 Agents are agent.pt or checkpoint.pt. Shares solved have their 95 % interval (Wilson's) beside them.
 """
