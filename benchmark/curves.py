@@ -5,7 +5,7 @@
 The share of new levels solved in a window of five rows, against frames (the model's included). For each variant and
 threshold: the frames at which the window first reaches it, over seeds; and, over paired seeds, how many times as many
 the variant needs as the reference: the geometric mean with its 95 % interval (Student's t on the logarithms). With
---sps, frames a second of each variant, measured alone (benchmark/i2a_throughput.py), also in seconds.
+--sps, frames a second of each variant, measured alone (benchmark/i2a_throughput.py), also how many times the seconds.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
+from common import ROOT, columns, geometric, half_interval, read_runs, show, write_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -37,21 +37,17 @@ class Args:
 
 def read_curves(study: str) -> tuple[dict[str, dict[int, Curve]], dict[str, list[float]]]:
     """By variant and seed the curves; by variant the last held-out evaluation of each seed."""
-    columns: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    held_out: dict[str, dict[int, float]] = {}
-    for row in read_rows(RESULTS / f"{study}.csv"):
-        if row.get("charts/solved"):
-            point = float(row["global_step"]), float(row["charts/solved"])
-            columns.setdefault(row["variant"], {}).setdefault(int(row["seed"]), []).append(point)
-        if row.get("eval/solved"):
-            held_out.setdefault(row["variant"], {})[int(row["seed"])] = float(row["eval/solved"])
     curves: dict[str, dict[int, Curve]] = {}
-    for variant, seeds in columns.items():
-        for seed, points in seeds.items():
+    held_out: dict[str, list[float]] = {}
+    for variant, seeds in read_runs(study).items():
+        for seed, rows in seeds.items():
+            points = [(row["global_step"], row["charts/solved"]) for row in rows if "charts/solved" in row]
             frames, solved = np.array(points).T
             smooth = [solved[max(0, i + 1 - WINDOW) : i + 1].mean() for i in range(len(solved))]
             curves.setdefault(variant, {})[seed] = frames, np.array(smooth)
-    return curves, {variant: [*shares.values()] for variant, shares in held_out.items()}
+            evaluations = [row["eval/solved"] for row in rows if "eval/solved" in row]
+            held_out.setdefault(variant, []).extend(evaluations[-1:])
+    return curves, held_out
 
 
 def reached(curve: Curve, threshold: float) -> float:
@@ -61,41 +57,34 @@ def reached(curve: Curve, threshold: float) -> float:
     return float(frames[WINDOW - 1 + above[0]]) if len(above) else math.inf
 
 
-def ratio(own: list[float], others: list[float]) -> tuple[float, float, float]:
-    """The geometric mean of own / other over pairs, with its 95 % interval."""
-    logarithms = np.log(np.array(own) / np.array(others))
-    mean, half = logarithms.mean(), half_interval(logarithms)
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+def share(name: str, shares: Sequence[float]) -> dict[str, Any]:
+    half = f"{half_interval(shares):.4f}"
+    return {"seeds": len(shares), name: f"{np.mean(shares):.4f}", f"{name}_half_interval": half}
 
 
-def table(args: Args, curves: dict[str, dict[int, Curve]], held_out: dict[str, list[float]]) -> list[dict]:
+def table(args: Args, curves: dict[str, dict[int, Curve]], held_out: dict[str, list[float]]) -> list[dict[str, Any]]:
     speeds = {name: float(number) for name, number in (text.split("=") for text in args.sps)}
     reference, rows = curves[args.reference], []
     for variant, seeds in curves.items():
         for threshold in args.thresholds:
             frames = {seed: reached(curve, threshold) for seed, curve in seeds.items()}
-            there = [n for n in frames.values() if math.isfinite(n)]
-            row = {"variant": variant, "threshold": threshold, "seeds": len(frames), "reached": len(there)}
+            there = sum(map(math.isfinite, frames.values()))
+            row = {"variant": variant, "threshold": threshold, "seeds": len(frames), "reached": there}
             row["frames"] = " ".join(f"{n:.0f}" for n in frames.values())
-            if variant in speeds:
-                row["seconds"] = " ".join(f"{n / speeds[variant]:.0f}" for n in frames.values())
             pairs = [(frames[s], reached(reference[s], threshold)) for s in frames if s in reference]
-            pairs = [pair for pair in pairs if math.isfinite(sum(pair))]
-            if pairs and variant != args.reference:
-                names = ("ratio", "ratio_low", "ratio_high")
-                row |= dict(zip(names, (f"{x:.3f}" for x in ratio(*zip(*pairs, strict=True))), strict=True))
-                row["pairs"] = len(pairs)
-                if {variant, args.reference} <= set(speeds):
-                    row["ratio_seconds"] = f"{float(row['ratio']) * speeds[args.reference] / speeds[variant]:.3f}"
+            ratios = [own / other for own, other in pairs if math.isfinite(own + other)]
+            if ratios and variant != args.reference:
+                ratio = geometric(ratios)
+                row |= columns("ratio", ratio, ".3f") | {"pairs": len(ratios)}
+                if variant in speeds:
+                    row["ratio_seconds"] = f"{ratio[0] * speeds[args.reference] / speeds[variant]:.3f}"
             rows.append(row)
         for at in args.at_frames:
             shares = [np.interp(at, *curve) for curve in seeds.values() if curve[0][-1] >= at]
             if shares:
-                row = {"variant": variant, "at_frames": at, "seeds": len(shares), "solved": f"{np.mean(shares):.4f}"}
-                rows.append(row | {"solved_half_interval": f"{half_interval(shares):.4f}"})
-        if variant in held_out:
-            row = {"variant": variant, "seeds": len(held_out[variant]), "held_out": f"{np.mean(held_out[variant]):.4f}"}
-            rows.append(row | {"held_out_half_interval": f"{half_interval(held_out[variant]):.4f}"})
+                rows.append({"variant": variant, "at_frames": at} | share("solved", shares))
+        if held_out[variant]:
+            rows.append({"variant": variant} | share("held_out", held_out[variant]))
     return rows
 
 

@@ -7,17 +7,17 @@ The runs are those of benchmark/distillation.sh; a row of the file that has a sc
 (student - random) / (teacher - random), of mean returns. Intervals are 95 % Student's t intervals over the seeds.
 """
 
-import sys
+import itertools
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from common import RESULTS, ROOT, half_interval, hardware, read_rows, show, write_rows
+from common import half_interval, hardware, read_runs, show, write_rows
 from curves import plt, save
-
-sys.path.insert(0, str(ROOT))
 
 import distillation
 from distillation import PolicyNet
@@ -33,45 +33,49 @@ SERIES = {  # left in the figure: variant, task, label
 }
 
 
-def students() -> dict[tuple[str, str, float], dict[str, dict[str, str]]]:
-    """By variant, task and scale: the row of each seed."""
-    found: dict[tuple[str, str, float], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in read_rows(RESULTS / "distillation.csv"):
-        if row.get("eval/score"):
-            variant, task = row["variant"], int(float(row["charts/task"]))
-            env_id = THREE_TASKS[task] if variant.startswith("three-tasks") else TASKS[variant.split("-")[0]]
-            variant = variant.removesuffix("-small")  # more students of the same teachers
-            found[variant, env_id, float(row["charts/student_scale"])][row["seed"]] = row
+Student = tuple[str, str, float]  # variant, task, scale
+Row = dict[str, Any]
+
+
+def students() -> dict[Student, dict[int, Row]]:
+    """The last row of each student and seed."""
+    found: dict[Student, dict[int, Row]] = defaultdict(dict)
+    for variant, seeds in read_runs("distillation").items():
+        for seed, rows in seeds.items():
+            for row in (row for row in rows if "eval/score" in row):
+                task = int(row["charts/task"])
+                env_id = THREE_TASKS[task] if variant.startswith("three-tasks") else TASKS[variant.split("-")[0]]
+                name = variant.removesuffix("-small")  # more students of the same teachers
+                found[name, env_id, row["charts/student_scale"]][seed] = row
     return found
 
 
-def summary(found: dict[tuple[str, str, float], dict[str, dict[str, str]]]) -> list[dict]:
+def score(student: Student, scores: Sequence[float]) -> Row:
+    variant, env_id, scale = student
+    line = {"variant": variant, "env_id": env_id, "scale": scale, "seeds": len(scores)}
+    return line | {"score": f"{np.mean(scores):.6g}", "half_interval": f"{half_interval(scores):.6g}"}
+
+
+def summary(found: dict[Student, dict[int, Row]]) -> list[Row]:
     """Means over the seeds; the mean over the tasks; differences of scores between variants of the same seeds."""
     lines, shared = [], defaultdict(lambda: defaultdict(list))
-    for (variant, env_id, scale), seeds in found.items():
-        scores = [float(row["eval/score"]) for row in seeds.values()]
-        line = {"variant": variant, "env_id": env_id, "scale": scale, "seeds": len(seeds)}
-        line |= {"score": np.mean(scores), "half_interval": half_interval(scores)}
-        names = ["charts/student_parameters", "charts/teacher_parameters"]
-        names += [f"eval/{who}_return" for who in ("random", "teacher", "student")]
-        names += ["eval/teacher_terminated", "eval/student_terminated"]
-        for name in names:
-            line[name.split("/")[1]] = np.mean([float(row[name]) for row in seeds.values()])
+    for student, seeds in found.items():
+        line = score(student, [row["eval/score"] for row in seeds.values()])
+        line["student_parameters"] = int(next(iter(seeds.values()))["charts/student_parameters"])
+        for name in ("random_return", "teacher_return", "teacher_terminated", "student_terminated"):
+            line[name] = f"{np.mean([row[f'eval/{name}'] for row in seeds.values()]):.6g}"
         lines.append(line)
+        variant, _, scale = student
         if variant.startswith("three-tasks"):
             for seed, row in seeds.items():
-                shared[variant, scale][seed].append(float(row["eval/score"]))
-    for (variant, scale), seeds in shared.items():
-        means = [np.mean(scores) for scores in seeds.values()]
-        line = {"variant": variant, "env_id": "mean", "scale": scale, "seeds": len(means)}
-        lines.append(line | {"score": np.mean(means), "half_interval": half_interval(means)})
+                shared[variant, "mean", scale][seed].append(row["eval/score"])
+    for student, seeds in shared.items():
+        lines.append(score(student, [np.mean(scores) for scores in seeds.values()]))
     for one, other in PAIRS:
         a, b = found[one, "Sokoban-v0", 0.01], found[other, "Sokoban-v0", 0.01]
-        gains = [float(a[seed]["eval/score"]) - float(b[seed]["eval/score"]) for seed in a if seed in b]
-        if gains:
-            line = {"variant": f"{one} less {other}", "env_id": "Sokoban-v0", "scale": 0.01, "seeds": len(gains)}
-            lines.append(line | {"score": np.mean(gains), "half_interval": half_interval(gains)})
-    return [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines]
+        gains = [row["eval/score"] - b[seed]["eval/score"] for seed, row in a.items()]
+        lines.append(score((f"{one} less {other}", "Sokoban-v0", 0.01), gains))
+    return lines
 
 
 def draw(lines: list[dict]) -> None:
@@ -112,37 +116,34 @@ def fitted(actions: torch.Tensor, teacher: torch.Tensor, direction: str, first: 
 
 
 @torch.no_grad()
-def acting_speed() -> list[dict]:
-    """CPU microseconds to act once, by the network's share of the teacher and the batch.
+def acting_speed() -> list[Row]:
+    """CPU microseconds to act once on Sokoban, by the network's share of the teacher and the batch.
 
     Medians of 100 calls; the least of 20 rounds, in which every network has its turn: others may use the machine.
     """
-    rows, cases = [], []
-    tasks = (("Sokoban-v0", (7, 7), 5, distillation.BOARD_WIDTHS), ("CartPole-v1", (4,), 2, distillation.VECTOR_WIDTHS))
-    for env_id, shape, actions, widths in tasks:
-        teacher = PolicyNet([shape], [actions], widths, "player")
-        total = distillation.acting_parameters(teacher)
-        for scale in (1.0, *SCALES):
-            small = distillation.student_widths([shape], [actions], int(scale * total), "player")
-            net = teacher if scale == 1 else PolicyNet([shape], [actions], small, "player")
-            rows.append({"env_id": env_id, "scale": scale, "parameters": distillation.acting_parameters(net)})
-            for batch in (1, 64):
-                x = torch.randint(0, 7, (batch, *shape)).to(torch.uint8 if len(shape) == 2 else torch.float32)
-                cases.append((rows[-1], f"microseconds_batch_{batch}", net, x))
+    distillation.keep_freed_memory()
+    sizes = [(7, 7)], [5]  # shapes of observations, numbers of actions
+    teacher = PolicyNet(*sizes, distillation.BOARD_WIDTHS, "player")
+    total, networks = distillation.acting_parameters(teacher), {1.0: teacher}
+    for scale in SCALES:
+        widths = distillation.student_widths(*sizes, int(scale * total), "player")
+        networks[scale] = PolicyNet(*sizes, widths, "player")
+    boards, least = torch.randint(0, 7, (64, 7, 7), dtype=torch.uint8), defaultdict(lambda: np.inf)
     for _ in range(20):
-        for row, name, net, x in cases:
+        for (scale, net), batch in itertools.product(networks.items(), (1, 64)):
             seconds = []
             for _ in range(100):
                 start = time.perf_counter()
-                net(x).argmax(-1)
+                net(boards[:batch]).argmax(-1)
                 seconds.append(time.perf_counter() - start)
-            row[name] = round(min(row.get(name, np.inf), 1e6 * float(np.median(seconds))), 3)
-    for row in rows:
-        teacher = next(other for other in rows if other["env_id"] == row["env_id"])
+            least[scale, batch] = min(least[scale, batch], 1e6 * float(np.median(seconds)))
+    rows = []
+    for scale, net in networks.items():
+        row = {"env_id": "Sokoban-v0", "scale": scale, "parameters": distillation.acting_parameters(net)}
         for batch in (1, 64):
-            name = f"microseconds_batch_{batch}"
-            row[f"speedup_batch_{batch}"] = round(teacher[name] / row[name], 3)
-        row["hardware"] = hardware()
+            row[f"microseconds_batch_{batch}"] = round(least[scale, batch], 3)
+            row[f"speedup_batch_{batch}"] = round(least[1.0, batch] / least[scale, batch], 3)
+        rows.append(row | {"hardware": hardware()})
     return rows
 
 

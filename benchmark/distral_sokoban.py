@@ -11,49 +11,31 @@ from typing import Any
 
 import numpy as np
 import tyro
-from common import RESULTS, half_interval, read_rows, write_rows
+from common import half_interval, read_runs, show, write_rows
 
-COLUMNS = {"solved": "eval/solved", "distilled": "eval/distilled", "held_out": "eval/held_out"}
+METRICS = ("solved", "distilled", "held_out")
 OTHERS = ("two-column", "multitask", "independent")
 
 
-def interval(values: list[float]) -> tuple[str, str]:
-    return f"{np.mean(values):.4f}", f"{half_interval(values):.4f}"
-
-
-def read_runs(study: str) -> dict[str, dict[str, dict[str, float]]]:
-    """By variant and seed: the last evaluation, and means over all rows of the training."""
-    rows: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for row in read_rows(RESULTS / f"{study}.csv"):
-        numbers = {k: float(v) for k, v in row.items() if v and k not in ("study", "variant")}
-        rows.setdefault(row["variant"], {}).setdefault(row["seed"], []).append(numbers)
-    runs: dict[str, dict[str, dict[str, float]]] = {}
-    for variant, seeds in rows.items():
-        for seed, run in seeds.items():
-            if "eval/solved" in run[-1]:  # finished
-                last = {name: run[-1][column] for name, column in COLUMNS.items() if column in run[-1]}
-                last["training"] = float(np.mean([r["charts/solved"] for r in run if "charts/solved" in r]))
-                last["kl_to_pi_0"] = run[-2]["losses/kl_to_pi_0"]
-                last["frames"] = run[-1]["global_step"]
-                runs.setdefault(variant, {})[seed] = last
-    return runs
+def share(name: str, values: list[float]) -> dict[str, str]:
+    return {name: f"{np.mean(values):.4f}", f"{name}_half": f"{half_interval(values):.4f}"}
 
 
 def main(study: str = "distral") -> None:
-    runs, table = read_runs(study), []
-    for variant, seeds in runs.items():
+    runs = read_runs(study)
+    last = {variant: {seed: rows[-1] for seed, rows in seeds.items()} for variant, seeds in runs.items()}
+    table = []
+    for variant, seeds in last.items():
         row: dict[str, Any] = {"variant": variant, "seeds": len(seeds)}
-        row["frames"] = int(next(iter(seeds.values()))["frames"])
-        for name in ("training", *COLUMNS):
-            if all(name in run for run in seeds.values()):
-                row[name], row[f"{name}_half"] = interval([run[name] for run in seeds.values()])
-        row["kl_to_pi_0"] = f"{np.mean([run['kl_to_pi_0'] for run in seeds.values()]):.4f}"
+        for name in METRICS:
+            values = [run[f"eval/{name}"] for run in seeds.values() if f"eval/{name}" in run]
+            if values:  # independent learners have no π_0
+                row |= share(name, values)
         for other in OTHERS:
-            pairs = [run["solved"] - runs[other][s]["solved"] for s, run in seeds.items() if s in runs.get(other, {})]
-            if pairs and other != variant:
-                row[f"minus_{other}"], row[f"minus_{other}_half"] = interval(pairs)
-        table.append(row)
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
+            if other in last and other != variant:
+                pairs = [run["eval/solved"] - last[other][seed]["eval/solved"] for seed, run in seeds.items()]
+                row |= share(f"minus_{other}", pairs)
+        table.append(show(row))
     write_rows(table, f"{study}_summary.csv")
 
 

@@ -1,26 +1,24 @@
 """Distral on two rooms: speed against independent soft Q-learning, the sweep over α, what π_0 knows, held-out goals.
 
-    python benchmark/distral_tabular_figures.py                 # what is missing in the results, then the report
-    python benchmark/distral_tabular_figures.py --report-only
+    python benchmark/distral_tabular_figures.py
 
-Seeds 1 to 20 run in lockstep; learning rate, β and decay were chosen on seeds 101 to 110. Writes distral_tabular.csv
-(a row a setting, seed and evaluation), _summary.csv, _exact.csv and _prior.csv into benchmark/results, and
-docs/distral_tabular.png. Scores: 0 is random play, 1 the optimum (discounted return, exact, means over starts and
-tasks). Steps: those until the score of the π_i is .9, the whole budget if it never is. Intervals: 95 %, Student's t.
+Seeds 1 to 20 run in lockstep; learning rate, β and decay were chosen on seeds 101 to 110. Trainings whose file isn't
+there are run: benchmark/results/distral_tabular.csv (a row a setting, seed and evaluation), _prior.csv and _exact.csv.
+From these come _summary.csv and docs/distral_tabular.png. Scores: 0 is random play, 1 the optimum (discounted return,
+exact, means over starts and tasks). Steps: those until the score of the π_i is .9, the whole budget if it never is.
+Intervals: 95 %, Student's t.
 """
 
 import itertools
 import pathlib
 import shlex
-import sys
 from typing import Any
 
 import numpy as np
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
-from curves import draw_mean, plt, ratio, save
+from common import RESULTS, columns, geometric, half_interval, read_rows, read_runs, show, write_rows
+from curves import draw_mean, plt, save
 
-sys.path.insert(0, str(ROOT))
 import distral_tabular as script
 
 STUDY = "distral_tabular"
@@ -46,7 +44,7 @@ SETTINGS = {
     "new_independent": f"--alpha 0 --beta 50 {NEW}",
 }
 SOURCE = "distral_1_beta50"
-KEYS = ("eval/greedy", "eval/policy", "eval/distilled", "eval/going_on")
+KEYS = ("eval/policy", "eval/distilled", "eval/going_on")
 DRAWN = ("distral_1_beta50", "uniform_1_beta50", "independent_beta50", "distral_1_beta5", "independent_beta5")
 MOVES = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}  # x, y
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0)
@@ -118,37 +116,30 @@ def exact_sweep() -> None:
 
 def read() -> dict[str, dict[str, np.ndarray]]:
     """Of each setting: global_step (K,), and each metric as (seeds, K)."""
-    columns: dict[str, list[dict[str, str]]] = {}
-    for row in read_rows(RESULTS / f"{STUDY}.csv"):
-        columns.setdefault(row["variant"], []).append(row)
     data = {}
-    for name, rows in columns.items():
-        seeds = len({row["seed"] for row in rows})
-        keys = ("global_step", *KEYS)
-        data[name] = {key: np.array([float(row[key]) for row in rows]).reshape(-1, seeds).T for key in keys}
-        data[name]["global_step"] = data[name]["global_step"][0]
+    for name, seeds in read_runs(STUDY).items():
+        data[name] = {key: np.array([[row[key] for row in rows] for rows in seeds.values()]) for key in KEYS}
+        data[name]["global_step"] = np.array([row["global_step"] for row in seeds[1]])
     return data
 
 
-def steps_to(table: dict[str, np.ndarray], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """First evaluation at .9 or more of each seed (the whole budget if there is none), and whether there is one."""
-    x, hit = table["global_step"], table[key] >= 0.9
+def steps_of(table: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The steps of each seed until the π_i have .9 (all if they never do), and whether they get there."""
+    x, hit = table["global_step"], table["eval/policy"] >= 0.9
     return np.where(hit.any(1), x[hit.argmax(1)], x[-1]), hit.any(1)
 
 
 def summary(data: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
     rows = []
     for name, table in data.items():
-        row: dict[str, Any] = {"setting": name, "seeds": len(table["eval/policy"])}
-        for key in ("policy", "greedy"):
-            steps, reached = steps_to(table, f"eval/{key}")
-            row |= {f"steps_{key}": round(steps.mean()), f"steps_{key}_half": round(half_interval(steps))}
-            row[f"reached_{key}"] = int(reached.sum())
+        steps, reached = steps_of(table)
+        row: dict[str, Any] = {"setting": name, "seeds": len(steps)}
+        row |= {"steps_policy": round(steps.mean()), "steps_policy_half": round(half_interval(steps))}
+        row["reached_policy"] = int(reached.sum())
         others = {"new": "new_independent", "no-action": "no-action_independent_beta50"}
         other = others.get(name.split("_")[0], f"independent_{name.split('_')[-1]}")
-        if other in data and "independent" not in name:  # steps as a share of independent learning's, seed by seed
-            shares = ratio(steps_to(table, "eval/policy")[0], steps_to(data[other], "eval/policy")[0])
-            row |= dict(zip(("ratio", "ratio_low", "ratio_high"), (round(x, 3) for x in shares), strict=True))
+        if "independent" not in name:  # steps as a share of independent learning's, seed by seed
+            row |= columns("ratio", geometric(steps / steps_of(data[other])[0]), ".3f")
         for key in KEYS:
             values, short = table[key][:, -1], key.removeprefix("eval/")
             row |= {f"final_{short}": round(values.mean(), 4), f"final_{short}_half": round(half_interval(values), 4)}
@@ -184,17 +175,12 @@ def draw(data: dict[str, dict[str, np.ndarray]]) -> None:
     save(figure, STUDY)
 
 
-def main(report_only: bool = False) -> None:
-    """Train what is missing, if not told to --report-only; then the table and the figure."""
-    if not report_only:
-        results = RESULTS / f"{STUDY}.csv"
-        rows: list[dict[str, Any]] = read_rows(results) if results.exists() else []
-        for name in SETTINGS:
-            if not any(row["variant"] == name for row in rows):
-                rows += train(name)
-                write_rows(rows, results.name)
-        if not (RESULTS / f"{STUDY}_exact.csv").exists():
-            exact_sweep()
+def main() -> None:
+    """Train what isn't there; then the table and the figure."""
+    if not (RESULTS / f"{STUDY}.csv").exists():
+        write_rows([row for name in SETTINGS for row in train(name)], f"{STUDY}.csv")
+    if not (RESULTS / f"{STUDY}_exact.csv").exists():
+        exact_sweep()
     data = read()
     write_rows(summary(data), f"{STUDY}_summary.csv")
     draw(data)

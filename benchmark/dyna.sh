@@ -6,8 +6,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
 # 1. Tables: the book's figures, prioritised sweeping, FrozenLake, Sokoban
-python benchmark/dyna_figures.py --parts maze changing --seeds 100
-python benchmark/dyna_figures.py --parts sweeping frozenlake sokoban --seeds 30
+python benchmark/dyna_figures.py
 
 # 2. Networks: seeds 1 to 10 in lockstep, eight updates after each real step in replay and model, one in none
 run="python benchmark/run.py --script dyna_dqn.py --jobs ${JOBS:-2}"

@@ -1,26 +1,23 @@
 """Chapter 8 of Sutton & Barto with dyna_q.py: figures 8.2, 8.4 and 8.5, prioritised sweeping, FrozenLake, Sokoban.
 
-    OMP_NUM_THREADS=1 python benchmark/dyna_figures.py --parts maze changing --seeds 100
-    OMP_NUM_THREADS=1 python benchmark/dyna_figures.py --parts sweeping frozenlake sokoban --seeds 30
+    OMP_NUM_THREADS=1 python benchmark/dyna_figures.py
 
-Each part has a file benchmark/results/dyna_q_PART.csv with a row for each method and seed, its lines of
-dyna_q_summary.csv, and (maze, changing, frozenlake) a figure in docs/. A run whose row is in the file isn't repeated.
-Seeds are 1 to `--seeds`. Intervals are 95 %, Student's t over the seeds.
+Each part has a file benchmark/results/dyna_q_PART.csv with a row for each method and seed, which is made if it isn't
+there, and (maze, changing, frozenlake) a figure in docs/. What the page quotes is in dyna_q_summary.csv. Seeds are 1 to
+100 or 30. Intervals are 95 %, Student's t over the seeds.
 """
 
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
+from common import RESULTS, half_interval, read_rows, show, write_rows
 from curves import draw_mean, plt, save
 
-sys.path.insert(0, str(ROOT))
 import dyna_q
 
 # The independent implementation that figure 8.2 is held against: mean steps by K and episode, over 30 seeds
@@ -31,6 +28,7 @@ REFERENCE = {
 }
 SHORTEST = 14  # steps of the Dyna maze
 Values = dict[str, np.ndarray]  # by method: a row of numbers for each seed
+Lines = dict[str, Any]  # of the summary: numbers of the seeds, or one number
 
 
 def train(seed: int, watch: Callable | None = None, **flags: Any) -> dict[str, Any]:
@@ -38,29 +36,19 @@ def train(seed: int, watch: Callable | None = None, **flags: Any) -> dict[str, A
 
 
 def study(part: str, run: Callable[..., list[float]], methods: dict[str, dict[str, Any]], seeds: int) -> Values:
-    """`run(seed, **flags)` of every method and seed that the part's file hasn't got; what the file then says."""
-    name = f"dyna_q_{part}.csv"
-    rows = read_rows(RESULTS / name) if (RESULTS / name).exists() else []
-    found = {(row["method"], int(row["seed"])): row["values"].split() for row in rows}
-    for method, flags in methods.items():
-        missing = [seed for seed in range(1, seeds + 1) if (method, seed) not in found]
-        for seed in missing:
-            found[method, seed] = [f"{value:.6g}" for value in run(seed, **flags)]
-        if missing:
-            write_rows([{"method": m, "seed": s, "values": " ".join(v)} for (m, s), v in found.items()], name)
-    return {m: np.array([found[m, s + 1] for s in range(seeds)], dtype=float) for m in methods}
-
-
-def summarize(part: str, lines: dict[str, Any]) -> None:
-    """Put the part's lines into the summary: the mean of a list with its interval, or a number as it is."""
-    path, rows = RESULTS / "dyna_q_summary.csv", []
-    for what, values in lines.items():
-        row = {"part": part, "what": what, "value": f"{np.mean(values):.6g}"}
-        if np.ndim(values):
-            row |= {"half_interval": f"{half_interval(values):.4g}", "seeds": len(values)}
-        rows.append(show(row))
-    others = [row for row in read_rows(path) if row["part"] != part] if path.exists() else []
-    write_rows(sorted(others + rows, key=lambda row: [*PARTS].index(row["part"])), path.name)
+    """What `run(seed, **flags)` gave for every method and seed. It is called if the part has no file yet."""
+    path = RESULTS / f"dyna_q_{part}.csv"
+    if not path.exists():
+        rows = []
+        for method, flags in methods.items():
+            for seed in range(1, seeds + 1):
+                values = " ".join(f"{value:.6g}" for value in run(seed, **flags))
+                rows.append({"method": method, "seed": seed, "values": values})
+        write_rows(rows, path.name)
+    found: dict[str, list[list[str]]] = {}
+    for row in read_rows(path):
+        found.setdefault(row["method"], []).append(row["values"].split())
+    return {method: np.array(found[method], dtype=float) for method in methods}
 
 
 def greedy_path(Q: list[list[float]], ids: dict[Any, int]) -> float:
@@ -79,12 +67,12 @@ def greedy_path(Q: list[list[float]], ids: dict[Any, int]) -> float:
 
 
 def maze_run(seed: int, **flags: Any) -> list[float]:
-    """Steps of each of 50 episodes, and the greedy path's length after them."""
+    """Steps of each of 50 episodes."""
     result = train(seed, num_episodes=50, total_timesteps=10**7, **flags)
-    return [*(length for _, _, length in result["episodes"]), greedy_path(result["Q"], result["ids"])]
+    return [length for _, _, length in result["episodes"]]
 
 
-def maze(seeds: int) -> None:
+def maze(seeds: int) -> Lines:
     rules = [("visited", 0), ("visited", 5), ("visited", 50), ("q", 5), ("q", 50)]
     methods = {f"{rule}, K = {K}": {"planning_action": rule, "planning_steps": K} for rule, K in rules}
     values, lines, worst = study("maze", maze_run, methods, seeds), {}, 0.0
@@ -101,11 +89,6 @@ def maze(seeds: int) -> None:
         last = {rule: values[f"{rule}, K = {K}"][:, 40:50].mean(1) for rule in ("visited", "q")}
         lines[f"q, K = {K}: steps, episode last 10"] = last["q"]
         lines[f"K = {K}: q minus visited, last 10 episodes"] = last["q"] - last["visited"]
-        for rule in ("visited", "q"):
-            greedy = values[f"{rule}, K = {K}"][:, 50]
-            lines[f"{rule}, K = {K}: share of greedy paths <= 16"] = float((greedy <= 16).mean())
-            lines[f"{rule}, K = {K}: share of greedy paths of 14, the shortest"] = float((greedy <= SHORTEST).mean())
-    summarize("maze", lines)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, rule in zip(axes, ("visited", "q"), strict=True):
         for method in ("visited, K = 0", f"{rule}, K = 5", f"{rule}, K = 50"):
@@ -114,6 +97,7 @@ def maze(seeds: int) -> None:
         axis.set(xlabel="episode", ylabel="steps in the episode", yscale="log")
         axis.legend()
     save(figure, "dyna_q_maze")
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------- figures 8.4 and 8.5
@@ -126,29 +110,31 @@ def changing_run(seed: int, total_timesteps: int, **flags: Any) -> list[float]:
     return [int((ends <= step).sum()) for step in range(0, total_timesteps + 1, 100)]
 
 
-def changing(seeds: int) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    lines = {}
+def changing(seeds: int) -> Lines:
     mazes = (("Blocking", 1e-4, 10, 3000, 1000), ("Shortcut", 1e-3, 50, 6000, 3000))
-    for axis, (name, kappa, K, total, change) in zip(axes, mazes, strict=True):
+    methods: dict[str, dict[str, Any]] = {}
+    for name, kappa, K, total, _ in mazes:
         flags = {"env_id": f"{name}Maze-v0", "planning_steps": K, "total_timesteps": total}
-        methods = {}
         for rule in ("visited", "q"):
             methods[f"{name}, {rule}, Dyna-Q"] = flags | {"planning_action": rule, "kappa": 0.0}
             methods[f"{name}, {rule}, Dyna-Q+"] = flags | {"planning_action": rule, "kappa": kappa}
-        for method, reward in study("changing", changing_run, methods, seeds).items():
-            if name == "Blocking":
-                lines |= {f"{method}: reward at {step}": reward[:, step // 100] for step in (1000, 3000)}
-            else:
-                late = 1000 / np.maximum(reward[:, -1] - reward[:, -11], 1)
-                lines[f"{method}: steps a reward after the opening"] = 3000 / (reward[:, -1] - reward[:, 30])
-                lines[f"{method}: share with <= 14.5 in the last 1000 steps"] = float((late <= 14.5).mean())
-            draw_mean(axis, range(0, total + 1, 100), reward, method)
+    rewards, lines = study("changing", changing_run, methods, seeds), {}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, (name, kappa, K, total, change) in zip(axes, mazes, strict=True):
+        for method in (method for method in methods if method.startswith(name)):
+            draw_mean(axis, range(0, total + 1, 100), rewards[method], method)
         axis.axvline(change, color="black", linestyle=":")
         axis.set(title=f"K = {K}, κ = {kappa:g}", xlabel="real steps", ylabel="cumulative reward")
         axis.legend()
-    summarize("changing", lines)
+    for method, reward in rewards.items():
+        if method.startswith("Blocking"):
+            lines[f"{method}: reward at 3000"] = reward[:, 30]
+        else:
+            late = 1000 / np.maximum(reward[:, -1] - reward[:, -11], 1)
+            lines[f"{method}: steps a reward after the opening"] = 3000 / (reward[:, -1] - reward[:, 30])
+            lines[f"{method}: share with <= 14.5 in the last 1000 steps"] = float((late <= 14.5).mean())
     save(figure, "dyna_q_changing")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------ prioritised sweeping
@@ -167,16 +153,14 @@ def sweeping_run(seed: int, **flags: Any) -> list[float]:
     return found[0] if found else [50_000, 50_000]
 
 
-def sweeping(seeds: int) -> None:
+def sweeping(seeds: int) -> Lines:
     methods = {"prioritised sweeping": {"prioritized": True}, "Dyna-Q, visited": {"planning_action": "visited"}}
     values, lines = study("sweeping", sweeping_run, methods | {"Dyna-Q, by Q": {}}, seeds), {}
     for method, value in values.items():
-        backups, steps = value.T
+        backups = value[:, 0]
         lines[f"{method}: backups"] = backups
         lines[f"{method}: backups, median"] = float(np.median(backups))
-        lines[f"{method}: real steps, median"] = float(np.median(steps))
-        lines[f"{method}: seeds that missed"] = int((backups >= 50_000).sum())
-    summarize("sweeping", lines)
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------- FrozenLake
@@ -214,7 +198,7 @@ def lake_run(seed: int, **flags: Any) -> list[float]:
     return rates
 
 
-def frozenlake(seeds: int) -> None:
+def frozenlake(seeds: int) -> Lines:
     (P, R), V = lake_model(), np.zeros(16)
     for _ in range(10_000):
         V = (R + 0.99 * P @ V).max(1)
@@ -240,8 +224,8 @@ def frozenlake(seeds: int) -> None:
     axis.axhline(best, color="black", linestyle=":", label="optimal policy")
     axis.set(xlabel="real steps", ylabel="success rate of the greedy policy, exact")
     axis.legend()
-    summarize("frozenlake", lines)
     save(figure, "dyna_q_frozenlake")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------- Sokoban
@@ -256,19 +240,24 @@ def sokoban_run(seed: int, **flags: Any) -> list[float]:
     return [math.inf]
 
 
-def sokoban(seeds: int) -> None:
+def sokoban(seeds: int) -> Lines:
     methods = {f"K = {K}": {"planning_steps": K} for K in (0, 5, 50)}
     values = study("sokoban", sokoban_run, methods, seeds)
-    summarize("sokoban", {f"{method}: real steps, median": float(np.median(v)) for method, v in values.items()})
+    return {f"{method}: real steps, median": float(np.median(steps)) for method, steps in values.items()}
 
 
-PARTS = {"maze": maze, "changing": changing, "sweeping": sweeping, "frozenlake": frozenlake, "sokoban": sokoban}
+PARTS = ((maze, 100), (changing, 100), (sweeping, 30), (frozenlake, 30), (sokoban, 30))  # with their seeds
 
 
-def main(parts: tuple[str, ...] = tuple(PARTS), seeds: int = 100) -> None:
-    """Run these parts, with seeds 1 to N of every method."""
-    for part in parts:
-        PARTS[part](seeds)
+def main(most_seeds: int = 100) -> None:
+    rows = []
+    for part, seeds in PARTS:
+        for what, values in part(min(seeds, most_seeds)).items():
+            row = {"part": part.__name__, "what": what, "value": f"{np.mean(values):.6g}"}
+            if np.ndim(values):
+                row |= {"half_interval": f"{half_interval(values):.4g}", "seeds": len(values)}
+            rows.append(show(row))
+    write_rows(rows, "dyna_q_summary.csv")
 
 
 if __name__ == "__main__":

@@ -9,74 +9,60 @@ the ratio to them all count at multiples of 2,500, or the others would have five
 are geometric means, with 95 % intervals (Student's t on the logarithms, ratios over paired seeds).
 """
 
-import sys
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from common import RESULTS, ROOT, half_interval, read_rows, show, write_rows
-from curves import draw_mean, plt, ratio, save
+from common import columns, geometric, half_interval, read_runs, show, steps_to, write_rows
+from curves import draw_mean, plt, save
 
-sys.path.insert(0, str(ROOT))
 import dyna_dqn
 
 GOALS = {"cartpole": 475.0, "acrobot": -100.0}
 COARSE = 2500  # real steps between the evaluations of CleanRL's settings
-ERRORS = ("delta_error", "reward_error", "termination_error")
-Curve = list[tuple[int, float]]  # real steps, mean return of an evaluation
+Curve = list[tuple[float, float]]  # real steps, mean return of an evaluation
 
 
 def read_curves() -> dict[str, dict[int, Curve]]:
     """By variant and seed the evaluations. A column eval/return_S of runs in lockstep is that of seed S."""
     curves: dict[str, dict[int, Curve]] = {}
-    for row in read_rows(RESULTS / "dyna_dqn.csv"):
-        lockstep = {k.removeprefix("eval/return_"): v for k, v in row.items() if k.startswith("eval/return_") and v}
-        for seed, value in (lockstep or {row["seed"]: row["eval/return"]}).items():
-            curve = curves.setdefault(row["variant"], {}).setdefault(int(seed), [])
-            curve.append((int(row["global_step"]), float(value)))
+    for variant, runs in read_runs("dyna_dqn").items():
+        for seed, rows in runs.items():
+            lockstep = [name for name in rows[0] if name.startswith("eval/return_")]
+            for name in lockstep or ["eval/return"]:
+                own_seed = int(name.split("_")[1]) if lockstep else seed
+                curve = [(row["global_step"], row[name]) for row in rows]
+                curves.setdefault(variant, {})[own_seed] = curve
     return curves
 
 
-def steps_to(curve: Curve, goal: float, every: int) -> tuple[int, bool]:
-    """Real steps to the first evaluation, of those at multiples of `every`, that meets the goal, and whether one does.
-
-    Without one: all steps of the run.
-    """
-    for step, value in curve:
-        if value >= goal and step % every == 0:
-            return step, True
-    return curve[-1][0], False
+def ends(runs: dict[int, Curve], goal: float, every: int) -> dict[int, tuple[float, bool]]:
+    """Of each seed the steps to the goal, and whether it got there, by its evaluations at multiples of `every`."""
+    return {seed: steps_to([point for point in curve if point[0] % every == 0], goal) for seed, curve in runs.items()}
 
 
-def columns(name: str, own: dict[int, int], others: dict[int, int]) -> dict[str, str]:
-    """The geometric mean of own / other over the seeds that both have, with its interval."""
-    pairs = [(n, others[seed]) for seed, n in own.items() if seed in others]
-    mean, low, high = ratio(*zip(*pairs, strict=True))
-    return {name: f"{mean:.5g}", f"{name}_low": f"{low:.5g}", f"{name}_high": f"{high:.5g}"}
+def step_ratio(theirs: dict[int, tuple[float, bool]], own: dict[int, tuple[float, bool]]) -> tuple[float, float, float]:
+    """The geometric mean of their steps over ours, seed by seed."""
+    return geometric([theirs[seed][0] / steps for seed, (steps, _) in own.items()])
 
 
 def table(curves: dict[str, dict[int, Curve]]) -> list[dict[str, Any]]:
-    steps: dict[tuple[str, int], dict[int, int]] = {}  # by variant and `every`, of each seed
-    reached: dict[tuple[str, int], int] = {}  # how many seeds get there
-    for variant, runs in curves.items():
-        for every in (1, COARSE):
-            ends = {seed: steps_to(curve, GOALS[variant.split("-")[0]], every) for seed, curve in runs.items()}
-            steps[variant, every] = {seed: n for seed, (n, _) in ends.items()}
-            reached[variant, every] = sum(there for _, there in ends.values())
     rows = []
     for variant, runs in curves.items():
         env, mode = variant.split("-")
-        row = {"variant": variant, "goal": GOALS[env], "seeds": len(runs)}
-        row["budget"] = max(curve[-1][0] for curve in runs.values())
-        row |= {"reached": reached[variant, 1], "reached_coarse": reached[variant, COARSE]}
-        row |= columns("steps", steps[variant, 1], dict.fromkeys(runs, 1))
+        goal = GOALS[env]
+        own, coarse = ends(runs, goal, 1), ends(runs, goal, COARSE)
+        row = {"variant": variant, "goal": goal, "seeds": len(runs)}
+        row["reached"] = sum(there for _, there in own.values())
+        row["reached_coarse"] = sum(there for _, there in coarse.values())
+        row |= columns("steps", geometric([steps for steps, _ in own.values()]))
         if mode != "cleanrl":
-            row |= columns("cleanrl_ratio", steps[f"{env}-cleanrl", COARSE], steps[variant, COARSE])
+            row |= columns("cleanrl_ratio", step_ratio(ends(curves[f"{env}-cleanrl"], goal, COARSE), coarse))
             last = [np.mean([value for _, value in curve[-4:]]) for curve in runs.values()]
             row |= {"last_return": f"{np.mean(last):.4g}", "last_half_interval": f"{half_interval(last):.3g}"}
         if mode == "model":
-            row |= columns("replay_ratio", steps[f"{env}-replay", 1], steps[variant, 1])
+            row |= columns("replay_ratio", step_ratio(ends(curves[f"{env}-replay"], goal, 1), own))
         rows.append(show(row))
     return rows
 
@@ -95,12 +81,11 @@ def draw(curves: dict[str, dict[int, Curve]]) -> None:
 
 @torch.no_grad()
 def model_errors(path: str) -> list[dict[str, Any]]:
-    """What each run's model gets wrong on its first evaluation episode, which it never learned from.
+    """The error of each run's model on its first evaluation episode, which it never learned from.
 
-    delta_error is a root mean square in units of the spread of Δs, so that a model in which nothing moves has about 1;
-    termination_error is the share of steps whose end, or none, is wrong.
+    A root mean square in units of the spread of Δs, so that a model in which nothing moves has about 1.
     """
-    args, device = dyna_dqn.saved_args(path), torch.device("cpu")
+    args = dyna_dqn.saved_args(path)
     envs = dyna_dqn.make_feature_envs(args, args.num_seeds)
     S, A = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
     q_net = dyna_dqn.RunsMLP(args.num_seeds, [S, *args.hidden, A])
@@ -108,27 +93,22 @@ def model_errors(path: str) -> list[dict[str, Any]]:
     dyna_dqn.load_networks(q_net, path, "q_net.")
     dyna_dqn.load_networks(env_model, path, "env_model.")
     observation, _ = envs.reset(seed=[10_000 + args.seed + e * args.eval_episodes for e in range(args.num_seeds)])
-    running, total, count = np.ones(args.num_seeds, dtype=bool), np.zeros((3, args.num_seeds)), np.zeros(args.num_seeds)
+    running = np.ones(args.num_seeds, dtype=bool)
+    total, count = np.zeros(args.num_seeds), np.zeros(args.num_seeds)
     while running.any():
-        s = torch.as_tensor(observation, dtype=torch.float32, device=device)[:, None]  # (E, 1, S)
+        s = torch.as_tensor(observation, dtype=torch.float32)[:, None]  # (E, 1, S)
         a = q_net(s).argmax(-1)  # (E, 1)
-        delta, reward = env_model(s, a)
-        observation, r, terminated, truncated, info = envs.step(a[:, 0].numpy())
+        delta, _ = env_model(s, a)
+        observation, _, terminated, truncated, info = envs.step(a[:, 0].numpy())
         s2 = torch.as_tensor(dyna_dqn.true_next(observation, info), dtype=torch.float32)[:, None]
-        end = env_model.end_logit(s + delta * env_model.delta_std)[:, 0].numpy() > 0
         squared = ((delta - (s2 - s) / env_model.delta_std) ** 2).mean((1, 2)).numpy()
-        total += running * np.stack([squared, (reward[:, 0].numpy() - r) ** 2, end != terminated])
+        total += running * squared
         count += running
         running &= ~(terminated | truncated)
-    errors = total / count
-    errors[:2] **= 0.5
-    rows = []
-    for e, values in enumerate(errors.T):
-        row = {"env_id": args.env_id, "seed": args.seed + e, "total_timesteps": args.total_timesteps}
-        rows.append(row | {name: f"{x:.6g}" for name, x in zip(ERRORS, values, strict=True)})
-    for name, values in zip(ERRORS, errors, strict=True):
-        print(f"{args.env_id}: {name} {np.mean(values):.3g} ± {half_interval(values):.2g}")
-    return rows
+    errors = np.sqrt(total / count)
+    print(f"{args.env_id}: delta_error {np.mean(errors):.3g} ± {half_interval(errors):.2g}")
+    own = {"env_id": args.env_id, "total_timesteps": args.total_timesteps}
+    return [own | {"seed": args.seed + e, "delta_error": f"{error:.6g}"} for e, error in enumerate(errors)]
 
 
 def main(agents: tuple[str, ...] = ()) -> None:

@@ -12,11 +12,8 @@ count. A peer python is an interpreter in whose environment gym-sokoban or Juman
 import json
 import os
 import pathlib
-import statistics
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +22,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import ROOT, hardware, show, write_rows
+from common import ROOT, hardware, rates, show, write_rows
 
-sys.path.insert(0, str(ROOT))
 import sokoban_env
 
 LIMIT = 120  # steps of an episode
@@ -93,18 +89,9 @@ def cases(levels: torch.Tensor) -> Iterator[tuple[str, int | str, Callable[[], i
     yield "generate 7x7, 2 boxes", "", generating(2000, 7, 2)
 
 
-def rate(work: Callable[[], int], seconds: float) -> float:
-    done, start = 0, time.process_time()
-    while (elapsed := time.process_time() - start) < seconds or not done:
-        done += work()
-    return done / elapsed
-
-
 def our_rows(levels: torch.Tensor, args: Args) -> Iterator[dict[str, Any]]:
     for what, envs, work in cases(levels):
-        work()  # warms up
-        rates = [rate(work, args.seconds) for _ in range(args.repeats)]
-        yield {"package": "ours", "what": what, "envs": envs, "best": max(rates), "median": statistics.median(rates)}
+        yield {"package": "ours", "what": what, "envs": envs} | rates(work, args.seconds, args.repeats)
 
 
 def peer_rows(levels: torch.Tensor, args: Args) -> Iterator[dict[str, Any]]:
@@ -112,8 +99,8 @@ def peer_rows(levels: torch.Tensor, args: Args) -> Iterator[dict[str, Any]]:
         path = pathlib.Path(folder) / "levels.npy"
         np.save(path, levels.numpy())
         for python in args.peer_pythons:
-            command = [python, str(ROOT / "benchmark" / "env_speed_peer.py"), str(path)]
-            command += ["--seconds", str(args.seconds), "--repeats", str(args.repeats)]
+            program = str(ROOT / "benchmark" / "env_speed_peer.py")
+            command = [python, program, str(path), str(args.seconds), str(args.repeats)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
             yield from (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))

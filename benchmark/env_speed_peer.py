@@ -1,37 +1,29 @@
 """The speed of gym-sokoban or Jumanji on one core, a line of JSON for each rate: what, envs, best, median.
 
-benchmark/env_speed.py starts it with an interpreter that has one of them. Rates have the names that ours have there.
+benchmark/env_speed.py starts it with an interpreter that has one of them, and gives it three arguments: numpy's file of
+levels (L, 10, 10), cells of sokoban_env.py; the seconds and the number of measurements. Rates have the names of ours.
 """
 
-import argparse
 import importlib.util
 import itertools
 import json
 import os
-import statistics
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 
 import numpy as np
+from common import rates
 
 
-def report(package: str, what: str, envs: int | str, work: Callable[[], int], args: argparse.Namespace) -> None:
-    work()
-    rates = []
-    for _ in range(args.repeats):
-        done, start = 0, time.process_time()
-        while time.process_time() - start < args.seconds or not done:
-            done += work()
-        rates.append(done / (time.process_time() - start))
+def report(package: str, what: str, envs: int | str, work: Callable[[], int], seconds: float, repeats: int) -> None:
     row = {"package": f"{package} {version(package)}", "what": what, "envs": envs}
-    print(json.dumps(row | {"best": max(rates), "median": statistics.median(rates)}), flush=True)
+    print(json.dumps(row | rates(work, seconds, repeats)), flush=True)
 
 
-def gym_sokoban(levels: np.ndarray, args: argparse.Namespace) -> None:
+def gym_sokoban(levels: np.ndarray, seconds: float, repeats: int) -> None:
     # It is of 2018: what it needs of old numpy and setuptools is put back before the import
     np.bool8 = np.bool_
     sys.modules["pkg_resources"] = module = types.ModuleType("pkg_resources")
@@ -64,13 +56,13 @@ def gym_sokoban(levels: np.ndarray, args: argparse.Namespace) -> None:
         return 1
 
     reset()
-    report("gym-sokoban", "step, rgb", 1, step, args)
-    report("gym-sokoban", "generate 7x7, 2 boxes", "", lambda: generate(7, 2), args)
-    args.seconds, args.repeats = 150 * args.seconds, 1  # it needs seconds for each of the next ones
-    report("gym-sokoban", "generate 10x10, 4 boxes", "", lambda: generate(10, 4), args)
+    report("gym-sokoban", "step, rgb", 1, step, seconds, repeats)
+    report("gym-sokoban", "generate 7x7, 2 boxes", "", lambda: generate(7, 2), seconds, repeats)
+    # it needs seconds for each of these
+    report("gym-sokoban", "generate 10x10, 4 boxes", "", lambda: generate(10, 4), 150 * seconds, 1)
 
 
-def jumanji(levels: np.ndarray, args: argparse.Namespace) -> None:
+def jumanji(levels: np.ndarray, seconds: float, repeats: int) -> None:
     """It steps in a compiled scan, with its VmapAutoResetWrapper, which does what our environments do, and without."""
     import jax
     from jumanji.environments.routing.sokoban import Sokoban
@@ -104,18 +96,13 @@ def jumanji(levels: np.ndarray, args: argparse.Namespace) -> None:
         return work
 
     for (what, wrapper), num in itertools.product(wrappers.items(), (64, 1024, 4096)):
-        report("jumanji", what, num, stepping(wrapper(base), num, max(16, 65536 // num)), args)
+        report("jumanji", what, num, stepping(wrapper(base), num, max(16, 65536 // num)), seconds, repeats)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("levels", help="file of numpy's, (L, 10, 10) cells of sokoban_env.py")
-    parser.add_argument("--seconds", type=float)
-    parser.add_argument("--repeats", type=int)
-    flags = parser.parse_args()
     warnings.filterwarnings("ignore")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core, for compilers that bring their own threads
     for peer in (gym_sokoban, jumanji):
         if importlib.util.find_spec(peer.__name__):
-            peer(np.load(flags.levels).astype(int), flags)
+            peer(np.load(sys.argv[1]).astype(int), float(sys.argv[2]), int(sys.argv[3]))

@@ -6,12 +6,12 @@
 Whether it learns, and how fast: gpu_flagship.py. A machine with PyTorch and no network lacks a few pure Python
 packages: benchmark/gpu.sh brings them as wheels.
 
-Parts, in this order; each writes its rows to `--output` as soon as it has them, and what fails is a row, and stops
+Parts, in this order. Each row is in its file under `--output` as soon as it is known; what fails is a row, and stops
 nothing:
 1. correct (gpu_correct.csv): the GPU against the CPU. `value` must be at most `limit`.
 2. fast (gpu_fast.csv): steps, levels and frames a second. `share_of_peak` is of a matrix product of the same precision,
-   measured first. `kernels_per_frame`, `idle` (the share of the time in which no kernel ran) and `top` (the kernels
-   that took most) are of one iteration, a rollout and its updates, under torch's profiler.
+   measured first. `idle` (the share of the time in which no kernel ran) and `top` (the kernels that took most) are of
+   one iteration, a rollout and its updates, under torch's profiler.
 """
 
 import contextlib
@@ -35,12 +35,14 @@ import tyro
 from common import RESULTS, ROOT, read_rows, show, write_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(ROOT))
 import i2a
 from sokoban_env import SokobanVectorEnv, generate_levels
 
 CPU = torch.device("cpu")
 FLAGSHIP = "--size 10 --num-boxes 4 --max-episode-steps 120"
+AGENTS = {"model-free": "--agent model-free"} | {f"depth {d}": f"--imagination-depth {d}" for d in (3, 1, 5, 10)}
+# Measured for two agents beside plain graphs
+MORE = ("eager", "eager deterministic", "graph deterministic", "graph float32", "graph bf16", "graph compile bf16")
 Check = Iterator[tuple[str, float, float]]  # name, value, limit
 
 
@@ -53,31 +55,17 @@ class Args:
     output: str = str(RESULTS)  # folder of the results
 
 
-class Table:
-    """Rows that are in their file as soon as they are known."""
-
-    def __init__(self, args: Args, name: str) -> None:
-        self.path, self.rows = pathlib.Path(args.output).resolve() / f"gpu_{name}.csv", []
-
-    def add(self, **row: Any) -> None:
-        self.rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in show(row).items()})
-        with contextlib.redirect_stdout(None):  # not the name of the file after each row
-            write_rows(self.rows, str(self.path))
+def record(args: Args, name: str, rows: list[dict[str, Any]], **row: Any) -> None:
+    """One more row of the file gpu_NAME.csv."""
+    rows.append(show(row))
+    write_rows(rows, f"{pathlib.Path(args.output).resolve()}/gpu_{name}.csv")
 
 
-def tiny_runs() -> dict[str, str]:
-    """Flags with which each script's run is over in seconds: those of the tests."""
-    sys.path.append(str(ROOT / "tests"))
-    from test_commands import TINY
-
-    return {script: flags for script, flags in TINY.items() if script.endswith(".py")}
-
-
-def run(folder: str, device: str, script: str, *flags: str, limit: float = 300.0) -> str:
-    """Run a script in a folder for at most so many seconds; returns what it printed."""
-    command = [sys.executable, str(ROOT / script), *flags]
+def run(folder: str, device: str, script: str, flags: str) -> str:
+    """Run a script in a folder for at most five minutes; returns what it printed."""
+    command = [sys.executable, str(ROOT / script), *shlex.split(flags)]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"{script}: {done.stderr[-300:]}")
     return done.stdout
@@ -158,42 +146,38 @@ def check_graph(device: torch.device, tiny: bool) -> Check:
 
 def check_scripts(device: torch.device, tiny: bool) -> Check:
     """A run goes from the CPU to the GPU, into a graph, and back; it is evaluated; each script's shortest run ends."""
-    scripts, kind = tiny_runs(), device.type
+    sys.path.append(str(ROOT / "tests"))
+    from test_commands import TINY
 
-    def shortest(script: str) -> tuple[str, float, float]:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                run(folder, kind, script, *shlex.split(scripts[script]))
-        except (RuntimeError, subprocess.TimeoutExpired) as e:
-            print(e, flush=True)
-            return f"shortest run of {script}", 1.0, 0.0
-        return f"shortest run of {script}", 0.0, 0.0
-
-    with ThreadPoolExecutor(8) as pool, tempfile.TemporaryDirectory() as folder:
-        shortest_runs = pool.map(shortest, [] if tiny else scripts)  # beside what follows
-        run(folder, "cpu", "i2a.py", *shlex.split(scripts["i2a.py"]))
+    kind, scripts = device.type, [] if tiny else [name for name in TINY if name.endswith(".py")]
+    with ThreadPoolExecutor(8) as pool, tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+        runs = {script: pool.submit(run, other, kind, script, TINY[script]) for script in scripts}  # beside the rest
+        run(folder, "cpu", "i2a.py", TINY["i2a.py"])
         (path,) = pathlib.Path(folder).glob("runs/*/checkpoint.pt")
         graph = "--cuda-graph" if kind == "cuda" else "--no-cuda-graph"
         for i, (where, flag) in enumerate(((kind, "--no-cuda-graph"), (kind, graph), ("cpu", "--no-cuda-graph"))):
             before = read_rows(path.with_name("metrics.csv"))
-            run(folder, where, "i2a.py", "--resume", str(path), flag, "--total-timesteps", str(1640 + 512 * i))
+            run(folder, where, "i2a.py", f"--resume {path} {flag} --total-timesteps {1640 + 512 * i}")
             after = read_rows(path.with_name("metrics.csv"))
             yield f"a checkpoint goes on, {where} {flag}", float(len(after) <= len(before)), 0.0
-        text = run(folder, kind, "i2a.py", "--evaluate", str(path.with_name("agent.pt")))
+        text = run(folder, kind, "i2a.py", f"--evaluate {path.with_name('agent.pt')}")
         yield "--evaluate", float("eval/solved" not in text), 0.0
-        yield from shortest_runs
+        for script, job in runs.items():
+            if job.exception():
+                print(job.exception(), flush=True)
+            yield f"shortest run of {script}", float(job.exception() is not None), 0.0
 
 
 def correct(args: Args) -> None:
-    table, device = Table(args, "correct"), torch.device(args.device)
+    rows, device = [], torch.device(args.device)
     i2a.seed_everything(1, True)
     set_precision("float32")
     for check in (check_environment, check_networks, check_graph, check_scripts):
         try:
             for name, value, limit in check(device, args.tiny):
-                table.add(check=name, value=value, limit=limit, passed=value <= limit)
+                record(args, "correct", rows, check=name, value=value, limit=limit, passed=value <= limit)
         except Exception as e:
-            table.add(check=check.__name__, value="", limit="", passed=False, error=repr(e)[-400:])
+            record(args, "correct", rows, check=check.__name__, passed=False, error=repr(e)[-400:])
 
 
 # ------------------------------------------------------------------------------------------------------------- 2. fast
@@ -232,7 +216,9 @@ def peaks(device: torch.device, size: int) -> dict[str, float]:
     return found
 
 
-def env_steps(num: int, graph: bool, levels: torch.Tensor | None, device: torch.device, at_least: float) -> dict:
+def env_steps(
+    levels: torch.Tensor | None, num: int, mode: str, device: torch.device, at_least: float
+) -> dict[str, Any]:
     """Steps of 10x10 rooms with four boxes, in rounds of 32."""
     envs = SokobanVectorEnv(num, levels=levels, device=device)
     envs.reset(seed=1)
@@ -242,11 +228,11 @@ def env_steps(num: int, graph: bool, levels: torch.Tensor | None, device: torch.
         for action in actions:
             envs.step(action)
 
-    play = i2a.Captured(steps, torch.Generator(device)) if graph else steps
+    play = i2a.Captured(steps, torch.Generator(device)) if mode == "graph" else steps
 
     def work() -> None:
         play(actions)
-        if graph:
+        if mode == "graph":
             envs.refill()
 
     for _ in range(3):  # warms up, and records
@@ -254,17 +240,23 @@ def env_steps(num: int, graph: bool, levels: torch.Tensor | None, device: torch.
     return {"value": 32 * num / seconds(work, device, at_least), "unit": "steps/s"}
 
 
-def levels_made(num: int, device: torch.device) -> dict:
+def levels_made(num: int, mode: str, device: torch.device, at_least: float) -> dict[str, Any]:
     """Levels that a reset puts into the pool's ring."""
     envs = SokobanVectorEnv(num, device=device)
     took = seconds(lambda: envs.reset(seed=1), device, 0.0)
     return {"value": envs.get_state()["pool"]["serial"] / took, "unit": "levels/s"}
 
 
-def i2a_frames(flags: str, mode: str, device: torch.device, at_least: float, peak: dict[str, float]) -> dict:
+def i2a_frames(
+    flags: str, mode: str, device: torch.device, at_least: float, peak: dict[str, float] | None = None
+) -> dict[str, Any]:
     """Frames of i2a.py's loop with an untrained agent (the same work), and where the time goes."""
-    graph = "graph" in mode and device.type == "cuda"
-    args = i2a.parse_args([*flags.split(), "--cuda-graph" if graph else "--no-cuda-graph"])
+    graph = "graph" in mode
+    if graph:
+        flags += " --cuda-graph"
+    if "bf16" in mode:
+        flags += " --bf16"
+    args = i2a.parse_args(flags.split())
     i2a.seed_everything(1, "deterministic" in mode)
     precision = next((name for name in ("bf16", "float32") if name in mode), "tf32")
     set_precision(precision)
@@ -292,17 +284,17 @@ def i2a_frames(flags: str, mode: str, device: torch.device, at_least: float, pea
                 learn([x[index] for x in batch], which % 8 if args.symmetry else 0)
 
     counter = FlopCounterMode(display=False)
-    with contextlib.nullcontext() if "compile" in mode else counter:
-        iteration()
+    if peak:
+        with contextlib.nullcontext() if "compile" in mode else counter:
+            iteration()
     if graph:  # whose replays can't be counted
         act, learn = i2a.Captured(act, rng), i2a.Captured(learn, rng)
     for _ in range(3 if at_least else 0):
         iteration()
     took = seconds(iteration, device, at_least)
     row: dict[str, Any] = {"value": size / took, "unit": "frames/s"}
-    if "compile" not in mode:
-        flop = counter.get_total_flops()
-        row |= {"mflop_per_frame": flop / size / 1e6, "share_of_peak": flop / took / peak[precision]}
+    if peak and "compile" not in mode:
+        row["share_of_peak"] = counter.get_total_flops() / took / peak[precision]
     if device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             iteration()
@@ -310,55 +302,54 @@ def i2a_frames(flags: str, mode: str, device: torch.device, at_least: float, pea
         kernels = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
         kernels.sort(key=lambda e: -e.self_device_time_total)
         busy = sum(e.self_device_time_total for e in kernels) / 1e6
-        row |= {"kernels_per_frame": sum(e.count for e in kernels) / size, "idle": max(0.0, 1 - busy / took)}
-        row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["idle"] = max(0.0, 1 - busy / took)
         row["top"] = "; ".join(f"{e.self_device_time_total / 1e6 / busy:.0%} {e.key[:60]}" for e in kernels[:4])
     return row
 
 
+def cases(device: torch.device, tiny: bool, peak: dict[str, float]) -> Iterator[tuple[str, int, str, Callable]]:
+    """What is measured, in how many environments, the mode, and a function of the two, the device and a time."""
+    sizes, batches, more, small = (16_384, 1024, 4096, 65_536), (4096, 1024, 256), MORE, ""
+    if tiny:
+        sizes, batches, more = (64,), (8,), ("eager deterministic",)
+        small = "--num-steps 4 --num-minibatches 2 --update-epochs 1"
+    modes = ("eager",) if device.type == "cpu" else ("graph", "eager")
+    levels = generate_levels(20 if tiny else 1000, seed=1)[0]
+    for num, mode in itertools.product(sizes, modes):
+        yield "steps, 1,000 levels", num, mode, functools.partial(env_steps, levels)
+    yield "steps, endless levels", sizes[0] // 2, modes[0], functools.partial(env_steps, None)
+    yield "levels", sizes[0] // 2, "", levels_made
+
+    def agent_frames(agent: str, num: int, mode: str, device: torch.device, at_least: float) -> dict[str, Any]:
+        flags = f"{FLAGSHIP} {AGENTS[agent]} --num-envs {num} {small}"
+        return i2a_frames(flags, mode, device, 2 * at_least, peak)
+
+    agents = ("model-free", "depth 3") if tiny else AGENTS
+    for agent, num in itertools.product(agents, batches):
+        yield agent, num, modes[0], functools.partial(agent_frames, agent)
+    for agent, mode in itertools.product(("model-free", "depth 3"), more):
+        yield agent, batches[0], mode, functools.partial(agent_frames, agent)
+
+
 def fast(args: Args, deadline: float) -> None:
-    table, device, tiny = Table(args, "fast"), torch.device(args.device), args.tiny
+    rows, device = [], torch.device(args.device)
     i2a.seed_everything(1, False)
-    peak = peaks(device, 256 if tiny else 8192)
+    peak = peaks(device, 256 if args.tiny else 8192)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     for what, value in peak.items():
-        table.add(what=what, envs="", mode=f"{card}, torch {torch.__version__}", value=value, unit="peak, per second")
-
-    sizes, batches, depths, small = (16_384, 1024, 4096, 65_536), (4096, 1024, 256), (3, 1, 5, 10), ""
-    more = ("eager", "eager deterministic", "graph deterministic", "graph float32", "graph bf16", "graph compile bf16")
-    if tiny:
-        sizes, batches, depths, more = (64,), (8,), (3,), ("eager deterministic",)
-        small = " --num-steps 4 --num-minibatches 2 --update-epochs 1"
-    ways = ("eager",) if device.type == "cpu" else ("graph", "eager")
-    at_least = 0.0 if tiny else 0.5
-    levels, most = generate_levels(20 if tiny else 1000, seed=1)[0], sizes[0] // 2
-    cases: list[tuple[str, int, str, Callable[[], dict]]] = []
-    for num, way in itertools.product(sizes, ways):
-        steps = functools.partial(env_steps, num, way == "graph", levels, device, at_least)
-        cases.append(("steps, 1,000 levels", num, way, steps))
-    steps = functools.partial(env_steps, most, ways[0] == "graph", None, device, at_least)
-    cases.append(("steps, endless levels", most, ways[0], steps))
-    cases.append(("levels", most, "", functools.partial(levels_made, most, device)))
-    agents = {"model-free": "--agent model-free"} | {f"depth {d}": f"--imagination-depth {d}" for d in depths}
-    runs = [
-        *itertools.product(agents, batches, ways[:1]),
-        *itertools.product(("model-free", "depth 3"), batches[:1], more),
-    ]
-    for agent, num, mode in runs:
-        flags = f"{FLAGSHIP} {agents[agent]} --num-envs {num}{small}" + (" --bf16" if "bf16" in mode else "")
-        frames = functools.partial(i2a_frames, flags, mode, device, 2 * at_least, peak)
-        cases.append((agent, num, mode, frames))
-    for what, envs, mode, measure in cases:
+        mode = f"{card}, torch {torch.__version__}"
+        record(args, "fast", rows, what=what, envs="", mode=mode, value=value, unit="peak, per second")
+    for what, envs, mode, measure in cases(device, args.tiny, peak):
         if time.time() > deadline:
             print(f"no time for {what}, {envs}, {mode}", flush=True)
             continue
         try:
-            table.add(what=what, envs=envs, mode=mode, **measure())
+            result = measure(envs, mode, device, 0.0 if args.tiny else 0.5)
         except Exception as e:
-            table.add(what=what, envs=envs, mode=mode, value="", unit="", error=repr(e)[-300:])
+            result = {"error": repr(e)[-300:]}
+        record(args, "fast", rows, what=what, envs=envs, mode=mode, **result)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
 
 def main(args: Args) -> None:

@@ -14,6 +14,4 @@ python benchmark/run.py --study i2a_batches --jobs "${JOBS:-1}" --seeds 11 12 13
   "256x32-32-1e-3=--num-envs 256 --num-minibatches 32" \
   "1024x8-32-1e-3=--num-envs 1024 --num-steps 8 --num-minibatches 32" \
   "1024x32-128-1e-3=--num-envs 1024 --num-minibatches 128" \
-  "1024x32-8-1e-3=--num-envs 1024" \
-  "256x32-8-2e-3=--num-envs 256 --learning-rate 2e-3" \
-  "1024x32-32-2e-3=--num-envs 1024 --num-minibatches 32 --learning-rate 2e-3"
+  "256x32-8-2e-3=--num-envs 256 --learning-rate 2e-3"

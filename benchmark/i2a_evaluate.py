@@ -1,47 +1,47 @@
 """What trained I2A agents can do beside their task. A sub-command each, and its table under benchmark/results:
 
-    python benchmark/i2a_evaluate.py levels runs/NAME/agent.pt --levels boxoban-levels/unfiltered/valid
     python benchmark/i2a_evaluate.py retries runs/NAME/agent.pt --levels boxoban-levels/unfiltered/valid
     python benchmark/i2a_evaluate.py random
     python benchmark/i2a_evaluate.py boxes runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py search runs/NAME/agent.pt
-    python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt
-    python benchmark/i2a_evaluate.py film runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt --seed 1
+    python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7_2boxes.pt --fewest 8 --most 16 --output docs/i2a_film.gif
 
 Agents are agent.pt or checkpoint.pt. Shares solved have their 95 % interval (Wilson's) beside them.
 """
 
 import itertools
 import pathlib
-import sys
 from dataclasses import replace
 
 import torch
 import tyro
-from common import ROOT, show, wilson, write_rows
-from curves import plt
+from common import show, wilson, write_rows
+from curves import plt, save
 from matplotlib.animation import PillowWriter
 from torch import Tensor, nn
-
-sys.path.insert(0, str(ROOT))
-from i2a_model import CPU, load_agent, task_settings
 
 import i2a
 from sokoban_env import convert_observation
 
+CPU = torch.device("cpu")
 ACTIONS = ("no-op", "up", "down", "left", "right")
-TELLING = ("view", "imagination_depth", "model_width", "reward_prediction", "rollout_policy", "gae_lambda", "bf16")
+ROLLOUTS, DEPTH = 10, 5  # of each action in a search, and their steps
 Row = dict[str, object]
+
+
+def load_agent(path: str, **changes: object) -> tuple[i2a.Args, nn.ModuleDict]:
+    """The flags of an agent's file, with changes, and its networks."""
+    args = replace(i2a.saved_args(path), **changes)
+    networks = i2a.make_networks(args, CPU)
+    i2a.load_networks(networks, path)
+    return args, networks
 
 
 def about(path: str, args: i2a.Args) -> Row:
     """What tells an agent apart in the tables, and how long it was trained."""
-    variant = args.env_model if args.agent == "i2a" and args.env_model != "learned" else args.agent
-    for name in TELLING:
-        if getattr(args, name) != getattr(i2a.Args(), name):
-            variant += f" {name}={getattr(args, name)}"
     task, frames = f"{args.size}x{args.size}-{args.num_boxes}", i2a.load_checkpoint(path, CPU)["global_step"]
-    return {"task": task, "variant": variant, "seed": args.seed, "frames": frames}
+    return {"task": task, "variant": args.agent, "seed": args.seed, "frames": frames}
 
 
 def evaluated(args: i2a.Args, networks: nn.ModuleDict, levels: Tensor) -> Row:
@@ -52,22 +52,12 @@ def evaluated(args: i2a.Args, networks: nn.ModuleDict, levels: Tensor) -> Row:
     return {"levels": len(levels)} | interval | metrics
 
 
-def levels(paths: tuple[str, ...], /, levels: str, most_levels: int = 1000) -> None:
-    """Agents on the first levels of Boxoban files, with sampled and with greedy actions."""
-    rows = []
-    for path, greedy in itertools.product(paths, (False, True)):
-        args, networks = load_agent(path, greedy=greedy)
-        who = about(path, args) | {"file": levels, "actions": "greedy" if greedy else "sampled"}
-        rows.append(show(who | evaluated(args, networks, i2a.read_levels(levels, args.size)[:most_levels])))
-    write_rows(rows, "i2a_levels.csv")
-
-
-def retries(paths: tuple[str, ...], /, levels: str, most_levels: int = 1000, most: int = 10) -> None:
-    """The share of levels solved in 1 to `most` tries with sampled actions."""
+def retries(paths: tuple[str, ...], /, levels: str, most: int = 10) -> None:
+    """The share of the first 1,000 levels of a file or folder solved in 1 to `most` tries with sampled actions."""
     rows = []
     for path in paths:
         args, networks = load_agent(path)
-        boards = i2a.read_levels(levels, args.size)[:most_levels]
+        boards = i2a.read_levels(levels, args.size)[:1000]
         ever = torch.zeros(len(boards), dtype=torch.bool)
         for tries in range(1, most + 1):
             _, solved = i2a.evaluate(replace(args, seed=tries), networks, boards, CPU)
@@ -79,26 +69,21 @@ def retries(paths: tuple[str, ...], /, levels: str, most_levels: int = 1000, mos
     write_rows(rows, "i2a_retries.csv")
 
 
-def random(
-    tasks: tuple[str, ...] = ("7x7-1", "7x7-2", "8x8-2", "10x10-4"), max_episode_steps: int = 60, episodes: int = 5000
-) -> None:
-    """What random play solves on held-out levels, or how hard tasks are."""
-    rows = []
-    for task in tasks:
-        settings = task_settings(task) | {"max_episode_steps": max_episode_steps}
-        args = i2a.Args(agent="model-free", eval_episodes=episodes, **settings)
-        networks = i2a.make_networks(args, CPU)
-        nn.init.zeros_(networks["agent"].actor.weight)  # every action alike
-        rows.append(show(settings | evaluated(args, networks, i2a.held_out_levels(args))))
-    write_rows(rows, "i2a_random.csv")
+def random(episodes: int = 5000) -> None:
+    """What random play solves of the default task's held-out levels."""
+    args = i2a.Args(agent="model-free", eval_episodes=episodes)
+    networks = i2a.make_networks(args, CPU)
+    nn.init.zeros_(networks["agent"].actor.weight)  # every action alike
+    row = {"size": args.size, "num_boxes": args.num_boxes, "max_episode_steps": args.max_episode_steps}
+    write_rows([show(row | evaluated(args, networks, i2a.held_out_levels(args)))], "i2a_random.csv")
 
 
-def boxes(paths: tuple[str, ...], /, most: int = 7, episodes: int = 500) -> None:
-    """Levels with 1 to `most` boxes, or as many as the generator makes: the paper's generalisation table."""
+def boxes(paths: tuple[str, ...], /, episodes: int = 500) -> None:
+    """Levels with 1 to 7 boxes, or as many as the generator makes: the paper's generalisation table."""
     rows = []
     for path in paths:
         args, networks = load_agent(path, eval_episodes=episodes)
-        for num_boxes in range(1, min(most, args.size // 2) + 1):
+        for num_boxes in range(1, min(7, args.size // 2) + 1):
             boards = i2a.held_out_levels(replace(args, num_boxes=num_boxes))
             rows.append(show(about(path, args) | {"boxes": num_boxes} | evaluated(args, networks, boards)))
     write_rows(rows, "i2a_boxes.csv")
@@ -107,25 +92,25 @@ def boxes(paths: tuple[str, ...], /, most: int = 7, episodes: int = 500) -> None
 class Planner(nn.Module):
     """An agent that searches in `env_model`."""
 
-    def __init__(self, args: i2a.Args, networks: nn.ModuleDict, env_model: nn.Module, rollouts: int, depth: int):
+    def __init__(self, args: i2a.Args, networks: nn.ModuleDict, env_model: nn.Module) -> None:
         super().__init__()
-        self.args, self.networks, self.rollouts, self.depth = args, networks, rollouts, depth
+        self.args, self.networks = args, networks
         self.searched = {"env_model": env_model, "rollout_policy": networks["rollout_policy"]}
         self.rng = torch.Generator().manual_seed(args.seed)
         self.imagined_steps = 0
 
     def plan(self, frames: Tensor) -> Tensor:
         """The best action (B,) of frames (B, F, H, W)."""
-        args, depth = self.args, self.depth
-        many = frames.repeat_interleave(self.rollouts, 0)  # (B * N, F, H, W)
-        imagined, rewards, alive = i2a.imagine(self.searched, many, depth, self.rng)
+        args = self.args
+        many = frames.repeat_interleave(ROLLOUTS, 0)  # (B * N, F, H, W)
+        imagined, rewards, alive = i2a.imagine(self.searched, many, DEPTH, self.rng)
         last = torch.cat([many.repeat_interleave(i2a.A, 0), imagined.flatten(0, 1)], 1)[:, -args.frame_stack :]
         values = self.networks["agent"](last, i2a.imagine(self.networks, last, args.imagination_depth, self.rng))[1]
-        self.imagined_steps += len(last) * (depth + i2a.A * args.imagination_depth)
-        discounts = args.gamma ** torch.arange(depth)
+        self.imagined_steps += len(last) * (DEPTH + i2a.A * args.imagination_depth)
+        discounts = args.gamma ** torch.arange(DEPTH)
         alive_at_end = alive[..., -1] * (rewards[..., -1] < 10)  # (B * N, A)
         returns = (discounts * rewards * args.reward_scale).sum(-1)
-        returns = returns + args.gamma**depth * alive_at_end * values.view(-1, i2a.A)
+        returns = returns + args.gamma**DEPTH * alive_at_end * values.view(-1, i2a.A)
         return returns.unflatten(0, (len(frames), -1)).mean(1).argmax(1)
 
     def forward(self, frames: Tensor, _: object) -> tuple[Tensor, Tensor]:
@@ -133,14 +118,7 @@ class Planner(nn.Module):
         return 1e6 * nn.functional.one_hot(best, i2a.A).float(), torch.zeros(len(best))
 
 
-def search(
-    paths: tuple[str, ...],
-    /,
-    model_paths: tuple[str, ...] = (),
-    rollouts: int = 10,
-    depth: int = 5,
-    episodes: int = 100,
-) -> None:
+def search(paths: tuple[str, ...], /, model_paths: tuple[str, ...] = (), episodes: int = 100) -> None:
     """The paper's Monte-Carlo search, in the agent's own and in a perfect model, beside the agent's own play.
 
     It rolls out each action with π̂, and takes the best mean of discounted rewards and the agent's value of the last
@@ -148,26 +126,22 @@ def search(
 
     Args:
         model_paths: for each agent, another I2A in whose model to search as well
-        rollouts: of each action
-        depth: steps of a rollout
         episodes: held-out levels
     """
     rows = []
     for path, other in itertools.zip_longest(paths, model_paths):
         args, networks = load_agent(path, eval_episodes=episodes)
         who, boards = about(path, args), i2a.held_out_levels(args)
-        row = {"search_model": "none: the agent itself", "rollouts": 0, "depth": 0}
-        rows.append(show(who | row | evaluated(args, networks, boards)))
+        rows.append(show(who | {"search_model": "none: the agent itself"} | evaluated(args, networks, boards)))
         models = {"own": networks["env_model"], "perfect": i2a.PerfectModel(args)}
         if other:
             models["other"] = load_agent(other)[1]["env_model"]
         for name, env_model in models.items():
-            planner = Planner(args, networks, env_model, rollouts, depth)
+            planner = Planner(args, networks, env_model)
             result = evaluated(replace(args, agent="model-free"), nn.ModuleDict({"agent": planner}), boards)
             solved = max(1, round(result["eval/solved"] * len(boards)))
             result["eval/imagined_steps_per_solved"] = planner.imagined_steps / solved
-            row = {"search_model": name, "rollouts": rollouts, "depth": depth}
-            rows.append(show(who | row | result))
+            rows.append(show(who | {"search_model": name} | result))
     write_rows(rows, "i2a_search.csv")
 
 
@@ -177,19 +151,17 @@ def draw_board(axis: plt.Axes, board: Tensor, kind: str, frame: str = "black") -
     plt.setp(axis.spines.values(), color=frame, linewidth=0.5 if frame == "black" else 3)
 
 
-def picture(
-    path: str, /, output: pathlib.Path = pathlib.Path("docs/i2a_imagined.png"), seed: int = 1, depth: int = 5
-) -> None:
+def picture(path: str, /, seed: int = 1) -> None:
     """What the agent imagined beside what then happened: a row an action, a column a step, errors framed in red."""
     args, networks = load_agent(path)
     observation, _ = i2a.make_envs(args, 1, None, CPU).reset(seed=seed)
     frames, both = i2a.as_frames(observation, args.frame_stack), []
     for model in (networks["env_model"], i2a.PerfectModel(args)):
         models = {"env_model": model, "rollout_policy": networks["rollout_policy"]}
-        both.append(i2a.imagine(models, frames, depth, torch.Generator().manual_seed(seed)))
+        both.append(i2a.imagine(models, frames, DEPTH, torch.Generator().manual_seed(seed)))
     (ours, rewards, _), (true, true_rewards, alive) = ([x[0] for x in rollouts] for rollouts in both)  # (A, D, ...)
     right = (ours == true).flatten(2).all(2) | (alive == 0)
-    figure, axes = plt.subplots(2 * i2a.A, depth + 1, figsize=(1.3 * depth + 1.5, 2.6 * i2a.A))
+    figure, axes = plt.subplots(2 * i2a.A, DEPTH + 1, figsize=(8, 13))
     for a, row in itertools.product(range(i2a.A), (0, 1)):
         boards, paid = ((ours, rewards), (true, true_rewards))[row]
         start, *later = axes[2 * a + row]
@@ -198,15 +170,13 @@ def picture(
         for d, axis in enumerate(later):
             draw_board(axis, boards[a, d], args.observation, "black" if right[a, d] else "red")
             axis.set_title(f"{float(paid[a, d]):+.1f}" if alive[a, d] else "over", fontsize=7)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(output, dpi=90)
-    print(f"wrote {output}: {right.float().mean():.2f} of the imagined boards are exact")
+    save(figure, "i2a_imagined")
 
 
 @torch.no_grad()
-def play_level(args: i2a.Args, networks: nn.ModuleDict, level: Tensor, seed: int) -> list[dict]:
+def play_level(args: i2a.Args, networks: nn.ModuleDict, level: Tensor) -> list[dict]:
     """A scene for each step: the board, what was imagined from it, the policy, the action; empty if it isn't solved."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(1)
     envs = i2a.make_envs(args, 1, level[None], CPU)
     observation, _ = envs.reset(options={"levels": level[None]})
     scenes = []
@@ -247,24 +217,15 @@ def draw_scene(figure: plt.Figure, scene: dict, kind: str) -> None:
 
 
 def film(
-    path: str,
-    /,
-    output: pathlib.Path = pathlib.Path("docs/i2a_film.gif"),
-    seed: int = 1,
-    fewest: int = 8,
-    most: int = 16,
+    path: str, /, output: pathlib.Path = pathlib.Path("docs/i2a_film.gif"), fewest: int = 8, most: int = 16
 ) -> None:
-    """A GIF: an agent solves a held-out level, and beside the board stands what it imagines before each step.
+    """A GIF: an I2A solves a held-out level, and beside the board stands what it imagines before each step.
 
-    The level is the first held-out one that it solves in `fewest` to `most` steps.
+    The level is the first of 200 that it solves in `fewest` to `most` steps.
     """
     args, networks = load_agent(path, eval_episodes=200)
-    if args.agent != "i2a":
-        sys.exit(f"{path} is a model-free agent: it imagines nothing")
-    games = (play_level(args, networks, level, seed) for level in i2a.held_out_levels(args))
-    scenes = next((game for game in games if fewest <= len(game) - 1 <= most), [])
-    if not scenes:
-        sys.exit(f"{path} solves none of {args.eval_episodes} levels in {fewest} to {most} steps")
+    games = (play_level(args, networks, level) for level in i2a.held_out_levels(args))
+    scenes = next(game for game in games if fewest <= len(game) - 1 <= most)
     figure = plt.figure(figsize=(8.8, 7))
     writer = PillowWriter(fps=2)
     with writer.saving(figure, output, dpi=75):
@@ -279,5 +240,5 @@ def film(
 
 if __name__ == "__main__":
     i2a.keep_freed_memory()
-    commands = (levels, retries, random, boxes, search, picture, film)
+    commands = (retries, random, boxes, search, picture, film)
     tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands})

@@ -65,9 +65,8 @@ def main(args: Args) -> None:
             try:
                 for job in jobs:
                     job.result()
-            except (KeyboardInterrupt, SystemExit) as e:
-                pool.shutdown(cancel_futures=True)  # waits for those under way, starts no others
-                sys.exit(str(e) or "stopped; the same command goes on from the checkpoints")
+            finally:  # after a failure or Ctrl-C: waits for those under way, starts no others
+                pool.shutdown(cancel_futures=True)
     results = RESULTS / f"{args.study}.csv"
     runs = {(v, str(s)): folder_of(args, v, s) for v in variants for s in args.seeds}
     found = {run: folder for run, folder in runs.items() if folder}

@@ -57,13 +57,12 @@ PROGRAMS = {
     ),
     "benchmark/distral_sokoban.py": ("", "benchmark/results/distral_summary.csv"),
     "benchmark/distral_tabular_figures.py": (
-        "--report-only",
+        "",
         "benchmark/results/distral_tabular_summary.csv docs/distral_tabular.png",
     ),
-    "benchmark/dyna_figures.py --parts maze": ("--seeds 2", "benchmark/results/dyna_q_maze.csv docs/dyna_q_maze.png"),
-    "benchmark/dyna_figures.py --parts sweeping": (
-        "--seeds 2",
-        "benchmark/results/dyna_q_sweeping.csv docs/dyna_q_frozenlake.png",
+    "benchmark/dyna_figures.py": (
+        "--most-seeds 2",
+        "benchmark/results/dyna_q_maze.csv benchmark/results/dyna_q_sweeping.csv docs/dyna_q_maze.png",
     ),
     "benchmark/dyna_neural.py": ("", "benchmark/results/dyna_dqn_table.csv docs/dyna_dqn.png"),
     "benchmark/run.py": (
@@ -78,21 +77,17 @@ PROGRAMS = {
         "benchmark/results/i2a_first_edition_table.csv docs/i2a_first_edition.png",
     ),
     "benchmark/gpu.py": ("--device cpu --tiny --parts fast", "benchmark/results/gpu_fast.csv"),
-    "benchmark/i2a_evaluate.py levels": ("", "benchmark/results/i2a_levels.csv"),
     "benchmark/i2a_evaluate.py retries": ("--most 2", "benchmark/results/i2a_retries.csv"),
-    "benchmark/i2a_evaluate.py random": ("--tasks 6x6-1 --episodes 8", "benchmark/results/i2a_random.csv"),
+    "benchmark/i2a_evaluate.py random": ("--episodes 8", "benchmark/results/i2a_random.csv"),
     "benchmark/i2a_evaluate.py boxes": ("--episodes 4", "benchmark/results/i2a_boxes.csv"),
-    "benchmark/i2a_evaluate.py search": ("--episodes 2 --rollouts 2 --depth 2", "benchmark/results/i2a_search.csv"),
-    "benchmark/i2a_evaluate.py picture": ("--depth 2", "docs/i2a_imagined.png"),
+    "benchmark/i2a_evaluate.py search": ("--episodes 2", "benchmark/results/i2a_search.csv"),
+    "benchmark/i2a_evaluate.py picture": ("", "docs/i2a_imagined.png"),
     "benchmark/i2a_evaluate.py film": ("--fewest 1", "docs/i2a_film.gif"),
     "benchmark/i2a_model.py": (
-        "--tasks 7x7-2 --seeds 1 --test-frames 640 --model-frames 1000 --model-steps 2",
+        "--test-frames 640 --model-frames 1000 --model-steps 2",
         "benchmark/results/i2a_model.csv",
     ),
-    "benchmark/i2a_throughput.py": (
-        "--tasks '7x7-2, paper-small' --seconds 0",
-        "benchmark/results/i2a_throughput.csv",
-    ),
+    "benchmark/i2a_throughput.py": ("--seconds 0", "benchmark/results/i2a_throughput.csv"),
     "benchmark/level_statistics.py": ("--num-levels 50", "benchmark/results/level_statistics.csv"),
     "benchmark/world_model_figures.py": (
         "",
@@ -101,7 +96,7 @@ PROGRAMS = {
     "benchmark/overview.py": ("", "docs/overview.png"),
     "benchmark/world_model_extras.py speed": ("", "benchmark/results/world_model_speed.csv"),
     "benchmark/world_model_extras.py likelihood": (
-        "--seeds 1 --flags='--model-epochs 1'",
+        "--seeds 1 --points 20",
         "benchmark/results/world_model_likelihood.csv",
     ),
     "tools/watch.py": ("--most 1 --delay 0", ""),
