@@ -302,6 +302,7 @@ def i2a_frames(
         kernels = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
         kernels.sort(key=lambda e: -e.self_device_time_total)
         busy = sum(e.self_device_time_total for e in kernels) / 1e6
+        row["kernels_per_frame"] = sum(e.count for e in kernels) / size
         row["idle"] = max(0.0, 1 - busy / took)
         row["top"] = "; ".join(f"{e.self_device_time_total / 1e6 / busy:.0%} {e.key[:60]}" for e in kernels[:4])
     return row

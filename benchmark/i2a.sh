@@ -25,20 +25,22 @@ $run --study i2a_depth --variants "model-free=" "depth-8-greedy=" --collect-only
 python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6 0.7 \
   --at-frames 200000 300000 --sps depth-8-greedy=449 model-free=1895
 
-# 3. 10x10 rooms with four boxes. The larger agent learns on DeepMind's first ten files and on the generator's levels
-ten="--size 10 --num-boxes 4 --max-episode-steps 120 --log-frequency 50000"
+# 3. 10x10 rooms with four boxes. On a GPU, the agents that are shipped: benchmark/gpu.sh. On a CPU:
+ten="--size 10 --num-boxes 4 --max-episode-steps 120 --log-frequency 50000 --anneal-from 0"
 $run --study flagship --seeds 11 --variants "i2a=--model-frames 40000 --model-steps 6000" \
   "model-free=--agent model-free" --flags="$ten --total-timesteps 5000000"
-mkdir -p levels
-cp boxoban-levels/unfiltered/train/00[0-9].txt levels
-python tools/sokoban.py generate --output levels/generated.txt --num-levels 30000 --seed 20
-large="--agent model-free --levels levels --cnn-channels 64 64 64 --no-cnn-padding"
+mkdir -p levels-cpu # DeepMind's first ten files, and the generator's
+cp boxoban-levels/unfiltered/train/00[0-9].txt levels-cpu
+python tools/sokoban.py generate --output levels-cpu/generated.txt --num-levels 30000 --seed 20
+large="--agent model-free --levels levels-cpu --cnn-channels 64 64 64 --no-cnn-padding"
 $run --study flagship --seeds 11 --variants "model-free-64=$large --no-anneal-lr" \
   --flags="$ten --total-timesteps 4000000"
-python i2a.py --resume runs/*__flagship-model-free-64__11__*/checkpoint.pt --anneal-lr --anneal-from 0 \
-  --ent-coef 0.005 --total-timesteps 5000000
+python i2a.py --resume runs/*__flagship-model-free-64__11__*/checkpoint.pt --anneal-lr --ent-coef 0.005 \
+  --total-timesteps 5000000
 $run --study flagship --seeds 11 --variants "i2a=" "model-free=" "model-free-64=" --collect-only
-python benchmark/curves.py --study flagship --reference gpu-i2a --thresholds 0.1 0.3 0.5 --at-frames 500000 1000000 2000000 4000000
+# gpu-i2a and gpu-model-free in flagship.csv are the metrics.csv of gpu.sh's runs
+python benchmark/curves.py --study flagship --reference gpu-i2a --thresholds 0.1 0.3 0.5 --at-frames 500000 1000000 \
+  2000000 4000000
 
 # 4. The paper's setting, one seed of each
 $run --study i2a_paper_small --seeds 11 --variants "${three[@]}" --flags="--preset paper-small --total-timesteps 400000"
@@ -48,8 +50,9 @@ python benchmark/curves.py --study i2a_paper_small --thresholds 0.1 0.15 --at-fr
 # 5. The learned model, speed (nothing else running), and what trained agents can do
 python benchmark/i2a_model.py
 python benchmark/i2a_throughput.py
-python benchmark/i2a_evaluate.py retries checkpoints/model_free_10x10_4boxes.pt --levels boxoban-levels/unfiltered/valid
+python benchmark/i2a_evaluate.py retries checkpoints/{model_free,i2a}_10x10_4boxes.pt \
+  --levels boxoban-levels/unfiltered/valid
 python benchmark/i2a_evaluate.py random
 python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt \
-  checkpoints/model_free_10x10_4boxes.pt
+  checkpoints/{model_free,i2a}_10x10_4boxes.pt
 python benchmark/i2a_evaluate.py search runs/*__i2a_8x8-i2a__11__*/agent.pt
