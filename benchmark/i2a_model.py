@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmark/i2a_model.py
 
-For each task a model is pretrained as i2a.py does it, then tested on transitions of levels of another seed:
+For each task and seed a model is pretrained as i2a.py does it, then tested on transitions of levels of another seed:
 random play from fresh levels, and random play from points along their solutions, where boxes already stand on targets.
 Columns: the share of next boards that are right in every cell, of those with reward and end (`all_right`), and of
 rollouts of five random actions that the simulator plays alike.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,6 @@ from torch import Tensor
 import i2a
 from sokoban_env import SokobanVectorEnv, generate_levels
 
-SEED = 11  # of the model's data and training
 TASKS = {"7x7-1": {"size": 7, "num_boxes": 1}, "10x10-4": {"size": 10, "num_boxes": 4}}
 
 
@@ -65,22 +65,27 @@ def test_sets(settings: dict[str, int], num: int) -> dict[str, dict[str, Tensor]
     return sets | {"along solutions": random_play(envs, 77_779, num, rng)}
 
 
-def main(test_frames: int = 40_000, model_frames: int = 20_000, model_steps: int = 3000) -> None:
+def main(
+    seeds: tuple[int, ...] = (11, 12, 13),
+    test_frames: int = 40_000,
+    model_frames: int = 20_000,
+    model_steps: int = 3000,
+) -> None:
     i2a.keep_freed_memory()
     rows: list[dict] = []
     silent = SimpleNamespace(log=lambda *_: None)
     budget = {"model_frames": model_frames, "model_steps": model_steps}  # transitions to learn from, steps of training
-    for task, settings in TASKS.items():
-        args = i2a.Args(seed=SEED, imagination_depth=5, **budget, **settings)
-        i2a.seed_everything(SEED, True)
-        rng = torch.Generator().manual_seed(SEED)
+    for (task, settings), seed in itertools.product(TASKS.items(), seeds):
+        args = i2a.Args(seed=seed, imagination_depth=5, **budget, **settings)
+        i2a.seed_everything(seed, True)
+        rng = torch.Generator().manual_seed(seed)
         networks = {"env_model": i2a.EnvModel(args), "rollout_policy": i2a.RandomPolicy()}
         i2a.pretrain_model(networks["env_model"], args, None, rng, silent)
         for name, data in test_sets(settings, test_frames).items():
             starts = data["frames"][torch.randperm(len(data["frames"]), generator=rng)[:2000]]
-            rollouts = i2a.rollout_accuracy(args, networks, starts, SEED)
+            rollouts = i2a.rollout_accuracy(args, networks, starts, seed)
             metrics = i2a.model_metrics(networks["env_model"], data)
-            row = {"task": task} | budget | {"states": name, "seed": SEED}
+            row = {"task": task} | budget | {"states": name, "seed": seed}
             row["exact_board_accuracy"] = round(metrics["model/exact_board_accuracy"], 5)
             row["all_right"] = round(metrics["model/all_right"], 5)
             row["exact_board_accuracy_depth_5"] = round(rollouts["model/exact_rollouts"], 5)

@@ -84,7 +84,7 @@ PROGRAMS = {
     "benchmark/i2a_evaluate.py picture": ("", "docs/i2a_imagined.png"),
     "benchmark/i2a_evaluate.py film": ("--fewest 1", "docs/i2a_film.gif"),
     "benchmark/i2a_model.py": (
-        "--test-frames 640 --model-frames 1000 --model-steps 2",
+        "--seeds 1 --test-frames 640 --model-frames 1000 --model-steps 2",
         "benchmark/results/i2a_model.csv",
     ),
     "benchmark/i2a_throughput.py": ("--seconds 0", "benchmark/results/i2a_throughput.csv"),
