@@ -101,19 +101,6 @@ def test_distilled_policy_loss_gradient_is_the_difference_of_the_policies():
     assert own.grad is None  # π_i is the target
 
 
-def record(monkeypatch, owner: object, name: str, change=lambda result: result) -> list:
-    """The calls (arguments, result) of owner.name from here on; `change` sees each result, and may give another."""
-    calls, function = [], getattr(owner, name)
-
-    def recorded(*args, **kwargs):
-        result = change(function(*args, **kwargs))
-        calls.append(((*args, *kwargs.values()), result))
-        return result
-
-    monkeypatch.setattr(owner, name, recorded)
-    return calls
-
-
 def as_leaves(result):
     """The same numbers, whose gradients can be read afterwards."""
     if isinstance(result, torch.Tensor):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_world_model_rollouts as shared
 import torch
+from conftest import seeded
 
 import world_model_gp
 from world_model_gp import Args, GaussianProcessModel, main, parse_args
@@ -98,8 +99,8 @@ def test_gaussian_process_learns_a_linear_system_and_keeps_to_its_limit():
     data, A, B = shared.linear_data(400)
     model = GaussianProcessModel(2, 1, shared.wide(2))
     model.standardize(data)
-    first = model.fit(data, Args(gp_points=60, gp_steps=1), shared.generator())
-    assert model.fit(data, Args(gp_points=60, gp_steps=60), shared.generator()) < first - 1
+    first = model.fit(data, Args(gp_points=60, gp_steps=1), seeded())
+    assert model.fit(data, Args(gp_points=60, gp_steps=60), seeded()) < first - 1
     assert len(model.points) == 60
     s, a = torch.randn(50, 2), torch.rand(50, 1) * 2 - 1
     mean, variance = model(torch.cat([s, a], 1))
@@ -124,16 +125,14 @@ def test_steps_are_drawn_from_the_posterior_and_stay_in_the_space():
     model.condition(x, y)
     s, a = torch.full((20_000, 1), 0.3), torch.full((20_000, 1), -0.4)
     mean, variance = model(torch.tensor([[0.3, -0.4]]))
-    s2, r, end = model.step(s, a, shared.generator())
+    s2, r, end = model.step(s, a, seeded())
     assert s2.mean().item() == pytest.approx(0.3 + 0.1 + 0.01 * mean[0, 0].item(), abs=1e-3)
     assert s2.std().item() == pytest.approx(0.01 * variance[0, 0].sqrt().item(), rel=0.03)
     assert r.mean().item() == pytest.approx(-3 + 2 * mean[0, 1].item(), abs=0.05)
     assert r.std().item() == pytest.approx(2 * variance[0, 1].sqrt().item(), rel=0.03)
     torch.testing.assert_close(end, model.end_net((s2 - 0.2) / 2).sigmoid()[:, 0].detach())
-    assert model.step(s + 5, a, shared.generator())[0].max() == 0.5
-    assert model.step(s - 1e6, a, shared.generator())[0].min().item() == pytest.approx(
-        0.2 - 50 * 2
-    )  # in sight of the data
+    assert model.step(s + 5, a, seeded())[0].max() == 0.5
+    assert model.step(s - 1e6, a, seeded())[0].min().item() == pytest.approx(0.2 - 50 * 2)  # in sight of the data
 
 
 def test_termination_is_learned_and_its_best_weights_come_back():
@@ -142,7 +141,7 @@ def test_termination_is_learned_and_its_best_weights_come_back():
     model, held_out = GaussianProcessModel(2, 1, shared.wide(2)), world_model_gp.held_out_rows(data["episode"])
     model.standardize(data)
     args = Args(model_epochs=100, model_learning_rate=0.1)  # too fast: the loss goes up and down
-    metrics = world_model_gp.fit_termination(model, data, held_out, args, shared.generator())
+    metrics = world_model_gp.fit_termination(model, data, held_out, args, seeded())
     with torch.no_grad():
         logits = model.end_logit(data["s2"][held_out])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, data["end"][held_out]).item()

@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import RampEnv, seeded
 
 import world_model_rollouts as wm
 from world_model_rollouts import Args, EnsembleModel, ImaginedEnvs, RealEnvs, RolloutActorCritic, main, parse_args
@@ -18,40 +19,9 @@ SMALL = {
 }  # fmt: skip
 
 
-class RampEnv(gym.Env):
-    """State (t, episode), scaled, in one array that is used again and again; reward: the action, from 3 on.
-
-    Ends by itself, or is truncated, after 7 steps.
-    """
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), dtype=np.float32)
-    action_space = gym.spaces.Discrete(2, start=3)
-
-    def __init__(self, truncates: bool = False) -> None:
-        self.truncates, self.episode, self.state = truncates, 0, np.zeros(2, dtype=np.float32)
-
-    def _observe(self):
-        self.state[:] = self.t / 10, self.episode / 100
-        return self.state
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        self.episode += 1
-        return self._observe(), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action)
-        self.t += 1
-        return self._observe(), float(action), self.t == 7 and not self.truncates, self.t == 7 and self.truncates, {}
-
-
-gym.register("TestWorldRamp-v0", RampEnv, max_episode_steps=100)
-gym.register("TestWorldRampTruncated-v0", RampEnv, max_episode_steps=100, kwargs={"truncates": True})
-
-
-def generator(seed: int = 1) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+for name, truncates in (("TestWorldRamp-v0", False), ("TestWorldRampTruncated-v0", True)):
+    kwargs = {"num_actions": 2, "first": 3, "length": 7, "truncates": truncates}
+    gym.register(name, RampEnv, max_episode_steps=100, kwargs=kwargs)
 
 
 def wide(S: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +30,7 @@ def wide(S: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def linear_data(N: int = 400) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """s' = A s + B a, r = s_0 - a, ends where s'_0 > 1; 20 episodes of N / 20 steps."""
-    rng = generator()
+    rng = seeded()
     A, B = torch.tensor([[0.9, 0.2], [-0.1, 1.05]]), torch.tensor([[0.0], [0.5]])
     s, a = torch.randn(N, 2, generator=rng), torch.rand(N, 1, generator=rng) * 2 - 1
     s2 = s @ A.T + a @ B.T
@@ -97,7 +67,7 @@ def test_a_linear_system_is_learned_to_its_matrices(gaussian):
     model = EnsembleModel(3, 2, 1, (), gaussian, wide(2))
     model.standardize(data)
     args = Args(model_epochs=120, model_learning_rate=1e-2)
-    wm.fit_networks(model, data, wm.held_out_rows(data["episode"], 0.2), args, generator())
+    wm.fit_networks(model, data, wm.held_out_rows(data["episode"], 0.2), args, seeded())
     rows = torch.cat([torch.eye(3), torch.zeros(1, 3)])  # unit vectors of (s, a), and the origin
     mean, _ = model(rows.expand(3, -1, -1))
     mean = mean * model.y_std + model.y_mean
@@ -116,7 +86,7 @@ def test_a_fit_gives_each_member_its_best_weights_back():
     model.standardize(data)
     held_out = wm.held_out_rows(data["episode"], 0.2)
     args = Args(model_epochs=150, model_learning_rate=0.3)  # too fast: the loss goes up and down
-    metrics = wm.fit_networks(model, data, held_out, args, generator())
+    metrics = wm.fit_networks(model, data, held_out, args, seeded())
     test = [x[held_out] for x in (torch.cat([data["s"], data["a"]], 1), wm.targets(data), data["s2"], data["end"])]
     assert model.loss(*(x.expand(2, *x.shape) for x in test)).mean().item() == pytest.approx(
         metrics["losses/validation_loss"], rel=1e-5
@@ -134,7 +104,7 @@ def test_standardisation_there_and_back():
     with torch.no_grad():
         model.net.weights[0].zero_()
         model.net.biases[0].copy_(((wm.targets(data)[0] - model.y_mean) / model.y_std).expand(2, 1, 3))
-    s2, r, _ = model.step(data["s"][:1], data["a"][:1], generator())  # predicts row 0's target
+    s2, r, _ = model.step(data["s"][:1], data["a"][:1], seeded())  # predicts row 0's target
     torch.testing.assert_close(torch.cat([s2[0], r]), torch.cat([data["s2"][0], data["r"][:1]]))
     model.standardize(data | {"s": torch.ones(300, 2)})
     assert model.x_std.tolist() == [1, 1, 1]  # where nothing varies
@@ -154,7 +124,7 @@ def test_members_differ_and_are_drawn_at_random_at_each_step():
     torch.manual_seed(1)
     model = EnsembleModel(5, 2, 1, (8,), True, wide(2))
     assert len({tuple(w.flatten().tolist()) for w in model.net.weights[0]}) == 5
-    model, rng = marked_model(5), generator()
+    model, rng = marked_model(5), seeded()
     s, a = torch.linspace(-40, 40, 1003)[:, None], torch.zeros(1003, 1)  # 1003: the shares aren't even
     drawn = torch.stack([(model.step(s, a, rng)[0] - s)[:, 0].round() for _ in range(60)])  # (steps, rows)
     counts = torch.stack([(drawn == k).sum(1) for k in range(5)])
@@ -173,12 +143,12 @@ def test_gaussian_steps_have_the_predicted_spread_and_stay_in_the_space():
         model.net.weights[0].zero_()
         model.net.biases[0].copy_(torch.tensor([1.0, 0.0, math.log(0.25), -9.0]))
     model.y_std[0] = 3.0
-    s2, _, _ = model.step(torch.full((20_000, 1), 20.0), torch.zeros(20_000, 1), generator())
+    s2, _, _ = model.step(torch.full((20_000, 1), 20.0), torch.zeros(20_000, 1), seeded())
     assert s2.mean().item() == pytest.approx(23.0, abs=0.05)
     _, logvar = model(torch.zeros(2, 1, 2))
     sigma = 3 * (logvar[0, 0, 0] / 2).exp().item()
     assert s2.std().item() == pytest.approx(sigma, rel=0.02) and sigma == pytest.approx(1.5, rel=0.3)
-    assert model.step(torch.full((10, 1), 40.0), torch.zeros(10, 1), generator())[0].max() <= 40.0
+    assert model.step(torch.full((10, 1), 40.0), torch.zeros(10, 1), seeded())[0].max() <= 40.0
 
 
 # -------------------------------------------------------------------------------------------------------- imagination
@@ -197,18 +167,18 @@ class CountingModel:
 
 
 def test_imagined_episodes_stop_at_the_predicted_end_and_at_the_horizon():
-    envs = ImaginedEnvs(CountingModel().step, torch.tensor([[0.0]]), 4, 10, generator())
+    envs = ImaginedEnvs(CountingModel().step, torch.tensor([[0.0]]), 4, 10, seeded())
     seen = []
     for _ in range(6):
         s2, _, terminated, truncated = envs.step(torch.zeros(4, 1))
         seen.append((s2[0, 0].item(), terminated[0].item(), truncated[0].item(), envs.s[0, 0].item()))
     assert seen == 2 * [(1, False, False, 1), (2, False, False, 2), (3, True, False, 0)]
-    envs = ImaginedEnvs(CountingModel(0.0).step, torch.tensor([[7.0]]), 4, 2, generator())
+    envs = ImaginedEnvs(CountingModel(0.0).step, torch.tensor([[7.0]]), 4, 2, seeded())
     steps = [envs.step(torch.zeros(4, 1)) for _ in range(4)]
     seen = [(s2[0, 0].item(), terminated[0].item(), truncated[0].item()) for s2, _, terminated, truncated in steps]
     assert seen == 2 * [(8, False, False), (9, False, True)] and (envs.s == 7).all()
     # an unsure end is drawn, and an end at the horizon is no truncation
-    envs = ImaginedEnvs(CountingModel(0.3).step, torch.tensor([[0.0]]), 10_000, 1, generator())
+    envs = ImaginedEnvs(CountingModel(0.3).step, torch.tensor([[0.0]]), 10_000, 1, seeded())
     _, _, terminated, truncated = envs.step(torch.zeros(10_000, 1))
     assert terminated.float().mean().item() == pytest.approx(0.3, abs=0.02) and not (terminated & truncated).any()
     assert (terminated | truncated).all()
@@ -216,9 +186,9 @@ def test_imagined_episodes_stop_at_the_predicted_end_and_at_the_horizon():
 
 def test_imagined_return_counts_the_steps_that_are_reached():
     agent = RolloutActorCritic(1, 2, (), True)
-    r = wm.imagined_returns(CountingModel().step, agent, torch.zeros(6, 1), 50, generator(), True)
+    r = wm.imagined_returns(CountingModel().step, agent, torch.zeros(6, 1), 50, seeded(), True)
     assert r.tolist() == 6 * [0 + 1 + 2]
-    r = wm.imagined_returns(CountingModel(0.5).step, agent, torch.ones(6, 1), 3, generator(), True)
+    r = wm.imagined_returns(CountingModel(0.5).step, agent, torch.ones(6, 1), 3, seeded(), True)
     assert r.tolist() == 6 * [1 + 0.5 * 2 + 0.25 * 3]
 
 
@@ -229,7 +199,7 @@ def test_open_loop_errors_of_a_known_model():
     model.x_std[0] = 2.0
     with torch.no_grad():
         model.net.biases[0][0, 0, 0] = 1.1  # a tenth too far at each step
-    errors = wm.open_loop_errors(model, steps, generator())
+    errors = wm.open_loop_errors(model, steps, seeded())
     assert errors == pytest.approx({"model/error_at_1": 0.05, "model/error_at_5": 0.25}, rel=1e-4)
 
 
@@ -269,10 +239,10 @@ def test_policy_gradient_of_two_states(horizon):
     with torch.no_grad():
         agent.actor[0].weight.copy_(logits.T)
         agent.critic[0].weight.copy_(V[None])
-    envs = ImaginedEnvs(TwoStateModel().step, torch.eye(2), 40_000, horizon, generator())
-    batch = wm.policy_rollout(envs, agent, 8, generator(2))
+    envs = ImaginedEnvs(TwoStateModel().step, torch.eye(2), 40_000, horizon, seeded())
+    batch = wm.policy_rollout(envs, agent, 8, seeded(2))
     args = Args(gamma=0.9, gae_lambda=0.8, update_epochs=1)
-    wm.improve_policy(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, 1.0, args, generator(3))
+    wm.improve_policy(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, 1.0, args, seeded(3))
     log_prob, _ = agent.log_prob(agent.policy(batch["s"]), batch["a"])
     gradient = torch.autograd.grad((log_prob * batch["advantage"]).mean(), agent.actor[0].weight)[0].T
     visits = batch["s"].mean((0, 1))  # d(s)
@@ -284,7 +254,7 @@ def test_policy_gradient_of_two_states(horizon):
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.01])
 def test_an_update_follows_the_gradient_of_the_whole_loss(max_grad_norm):
     torch.manual_seed(1)
-    agent, rng = RolloutActorCritic(2, 3, (4,), True), generator()
+    agent, rng = RolloutActorCritic(2, 3, (4,), True), seeded()
     s, a = torch.randn(6, 5, 2), torch.eye(3)[torch.randint(3, (6, 5))]
     log_prob, entropy = agent.log_prob(agent.policy(s), a)
     value, r = torch.randn(6, 5), torch.randn(6, 5)
@@ -321,7 +291,7 @@ def test_continuous_log_probabilities_and_greedy_actions():
     torch.manual_seed(1)
     agent = RolloutActorCritic(2, 3, (8,), False)
     out = agent.policy(torch.randn(5, 2))
-    a = agent.sample_action(out, generator())
+    a = agent.sample_action(out, seeded())
     log_prob, entropy = agent.log_prob(out, a)
     sigma = agent.log_std.exp()
     expected = (-(((a - out) / sigma) ** 2) / 2 - agent.log_std - math.log(2 * math.pi) / 2).sum(1)
@@ -341,8 +311,8 @@ def test_environments_take_clipped_actions_and_the_policy_learns_from_those_befo
     with torch.no_grad():
         agent.actor[-1].bias.copy_(torch.tensor([0.3, -3.0]))
     assert agent.act(s, None)[0].tolist() == pytest.approx([0.3, -1.0])
-    wm.imagined_returns(Watching().step, agent, s, 3, generator(), False)
-    batch = wm.policy_rollout(ImaginedEnvs(Watching().step, s, 40, 5, generator()), agent, 3, generator())
+    wm.imagined_returns(Watching().step, agent, s, 3, seeded(), False)
+    batch = wm.policy_rollout(ImaginedEnvs(Watching().step, s, 40, 5, seeded()), agent, 3, seeded())
     assert len(taken) == 6 and torch.stack(taken).abs().max() == 1
     assert torch.equal(torch.stack(taken[3:]), batch["a"].clamp(-1, 1)) and (batch["a"] < -2).any()
 
@@ -350,7 +320,7 @@ def test_environments_take_clipped_actions_and_the_policy_learns_from_those_befo
 def test_discrete_actions_are_drawn_by_their_probabilities():
     agent = RolloutActorCritic(1, 3, (), True)
     out = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(30_000, 3)
-    np.testing.assert_allclose(agent.sample_action(out, generator()).mean(0), [0.2, 0.5, 0.3], atol=0.015)
+    np.testing.assert_allclose(agent.sample_action(out, seeded()).mean(0), [0.2, 0.5, 0.3], atol=0.015)
     assert agent.sample_action(out, None)[0].tolist() == [0, 1, 0]
     log_prob, entropy = agent.log_prob(out[:1], torch.tensor([[0.0, 0.0, 1.0]]))
     assert log_prob.item() == pytest.approx(math.log(0.3))
@@ -363,11 +333,11 @@ def test_discrete_actions_are_drawn_by_their_probabilities():
 @pytest.mark.parametrize("env_id", ["TestWorldRamp-v0", "TestWorldRampTruncated-v0"])
 def test_no_row_crosses_a_reset(env_id):
     envs = RealEnvs(env_id, 1, CPU, 1)
-    data = wm.collect(envs, lambda s, rng: torch.tensor([[0.0, 1.0]]), 30, 5, generator())
+    data = wm.collect(envs, lambda s, rng: torch.tensor([[0.0, 1.0]]), 30, 5, seeded())
     torch.testing.assert_close(data["s2"][:, 0] - data["s"][:, 0], torch.full((30,), 0.1))  # no teleport to t = 0
     assert torch.equal(data["s2"][:, 1], data["s"][:, 1])  # the environment's own episode number
-    assert (data["r"] == 4).all()  # the second action, counted from 3
-    torch.testing.assert_close(data["episode"] - 4.0, 100 * data["s"][:, 1])
+    assert (data["r"] == 1).all()  # the second action, counted from 3
+    torch.testing.assert_close(data["episode"] - 4.0, 1000 * data["s"][:, 1])
     assert torch.equal(data["first"], data["s"][:, 0] == 0) and data["first"].sum() == 5
     at_the_end = (data["s2"][:, 0] * 10).round() == 7
     assert torch.equal(data["end"] == 1, at_the_end & ("Truncated" not in env_id))  # a truncation is no end
@@ -394,12 +364,12 @@ def test_held_out_rows_are_whole_episodes():
 def test_random_actions_and_noise():
     envs = RealEnvs("TestWorldRamp-v0", 1000, CPU, 1, noise=0.5)
     _, r, _, _ = envs.step(torch.tensor([[0.0, 1.0]]).expand(1000, 2))
-    assert r.mean().item() == pytest.approx(3.75, abs=0.05)  # half of the actions are random
+    assert r.mean().item() == pytest.approx(0.75, abs=0.05)  # half of the actions are random
     first, second = (RealEnvs("Pendulum-v1", 1, CPU, 1, noise) for noise in (0.0, 0.3))
     assert not torch.equal(first.step(torch.zeros(1, 1))[0], second.step(torch.zeros(1, 1))[0])
-    a = envs.random_action(torch.zeros(4000, 2), generator())
+    a = envs.random_action(torch.zeros(4000, 2), seeded())
     assert (a.sum(1) == 1).all() and a[:, 0].mean().item() == pytest.approx(0.5, abs=0.03)
-    a = first.random_action(torch.zeros(4000, 3), generator())
+    a = first.random_action(torch.zeros(4000, 3), seeded())
     assert a.abs().max() <= 1 and a.mean().abs() < 0.03 and a.std().item() == pytest.approx(3**-0.5, abs=0.02)
 
 
@@ -408,7 +378,7 @@ def test_evaluation_counts_one_episode_each():
     with torch.no_grad():
         agent.actor[-1].bias.copy_(torch.tensor([0.0, 50.0]))  # action 4
     returns, steps = wm.evaluate_in_reality(RealEnvs("TestWorldRamp-v0", 3, CPU, 1), agent)
-    assert returns.tolist() == [28, 28, 28] and steps["alive"].all() and len(steps["s"]) == 7
+    assert returns.tolist() == [7, 7, 7] and steps["alive"].all() and len(steps["s"]) == 7
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
