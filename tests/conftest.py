@@ -45,6 +45,21 @@ def assert_same(one: Any, other: Any) -> None:
         assert type(one) is type(other) and one == other
 
 
+def n_step_returns(
+    rewards: torch.Tensor, terminated: torch.Tensor, truncated: torch.Tensor, next_values: torch.Tensor, gamma: float
+) -> torch.Tensor:
+    """Of T steps, (T, ...): what each pays until its episode ends, or until step T and V of the state after that."""
+    returns = torch.zeros_like(rewards)
+    for t in range(len(rewards)):
+        goes_on = torch.ones_like(rewards[0])
+        for k in range(t, len(rewards)):
+            bootstraps = ~terminated[k] & (truncated[k] | (k == len(rewards) - 1))
+            reached = rewards[k] + gamma * bootstraps * next_values[k]
+            returns[t] += goes_on * gamma ** (k - t) * reached
+            goes_on = goes_on * ~(terminated[k] | truncated[k])
+    return returns
+
+
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
     """watch(owner, name): the calls (arguments, result) of owner.name from here on; `instead` may be called for it."""
