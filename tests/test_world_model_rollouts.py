@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import RampEnv, seeded
 
+import world_model_gp as gp
 import world_model_rollouts as wm
-from world_model_rollouts import Args, EnsembleModel, ImaginedEnvs, RealEnvs, RolloutActorCritic, main, parse_args
+from world_model_rollouts import Args, EnsembleModel, ImaginedEnvs, RealEnvs, RolloutActorCritic, main
 
 CPU = torch.device("cpu")
 SMALL = {
-    "total_timesteps": 160, "initial_steps": 80, "steps_per_iteration": 80, "model_epochs": 3, "model_hidden": (8,),
-    "hidden": (8,), "num_envs": 20, "num_steps": 10, "horizon": 8, "policy_updates": 2, "check_frequency": 2,
-    "eval_episodes": 2, "num_minibatches": 2,
+    "total_timesteps": 160, "initial_steps": 80, "steps_per_iteration": 80, "model_epochs": 3, "hidden": (8,),
+    "num_envs": 20, "num_steps": 10, "horizon": 8, "policy_updates": 2, "check_frequency": 2, "eval_episodes": 2,
+    "num_minibatches": 2,
 }  # fmt: skip
 
 
@@ -384,21 +385,27 @@ def test_evaluation_counts_one_episode_each():
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
+both_scripts = pytest.mark.parametrize("script", [wm, gp], ids=["ensemble", "process"])
+
+
 class Watched:
-    """main's parts, replaced by ones that do next to nothing and note how they are called."""
+    """A script's parts, replaced by ones that do next to nothing and note how they are called."""
 
-    module, fit_name = wm, "fit_networks"
-
-    def __init__(self, monkeypatch, checks=()) -> None:
+    def __init__(self, monkeypatch, script=wm, checks=()) -> None:
+        self.script, self.members = script, 5 if script is wm else 1
         self.envs, self.fits, self.keeps, self.rollouts, self.updates = [], [], [], [], []
         self.checks, self.gaps, self.evaluations, self.left = [], [], [], [*checks]
         self.random_actions = 0
         names = ("policy_rollout", "improve_policy", "imagined_returns", "evaluate_in_reality", "open_loop_errors")
-        for name in (*names, "RealEnvs", self.fit_name):
-            monkeypatch.setattr(self.module, name, getattr(self, name))
-        policy = self.module.RolloutActorCritic
+        for name in (*names, "RealEnvs", "fit_networks" if script is wm else "fit_termination"):
+            monkeypatch.setattr(script, name, getattr(self, name))
+        monkeypatch.setattr(gp.GaussianProcessModel, "fit", lambda model, data, args, rng: len(data["s"]))
+        policy = script.RolloutActorCritic
         standardize = policy.standardize
         monkeypatch.setattr(policy, "standardize", lambda *x, keep: self.keeps.append(keep) or standardize(*x, keep))
+
+    def main(self, **flags):
+        return self.script.main(self.script.Args(**RAMP | flags))
 
     def RealEnvs(self, env_id, num_envs, device, seed, noise=0.0, video=None):
         self.envs.append((num_envs, seed, noise))
@@ -418,6 +425,8 @@ class Watched:
         self.fits.append(data)
         return {"losses/model_loss": 0.5}
 
+    fit_termination = fit_networks
+
     def policy_rollout(self, envs, agent, num_steps, rng):
         self.rollouts.append((envs, num_steps))
         torch.testing.assert_close(agent.mean, self.fits[-1]["s"].mean(0) if self.fits else torch.zeros(2))
@@ -436,7 +445,7 @@ class Watched:
             self.gaps.append(s)
             return torch.full((len(s),), 40.0)
         self.checks.append((s, rng.initial_seed(), rng.get_state()))
-        returns = torch.tensor(self.left.pop(0)) if self.left else torch.zeros(1)
+        returns = torch.tensor(self.left.pop(0)[: self.members]) if self.left else torch.zeros(1)
         return returns.repeat_interleave(len(s) // returns.numel())
 
     def evaluate_in_reality(self, envs, agent):
@@ -450,13 +459,18 @@ class Watched:
 RAMP = SMALL | {"env_id": "TestWorldRamp-v0", "total_timesteps": 50, "initial_steps": 21, "steps_per_iteration": 20}
 
 
-def check_collection(watched: Watched, rows: list[dict[str, float]], members: int) -> None:
-    """Of three iterations with --seed 3: real steps, seeds, episodes and metrics; `members` judge the gap."""
+@both_scripts
+def test_the_loop_collects_fits_and_measures(monkeypatch, script):
+    watched = Watched(monkeypatch, script)
+    flags = {"action_noise": 0.5} if script is wm else {}
+    rows = watched.main(seed=3, **flags)
+    assert {noise for _, _, noise in watched.envs} == {flags.get("action_noise", 0.0)}
     assert [row["global_step"] for row in rows] == [21, 41, 50]  # the last iteration is cut at the end
     assert watched.random_actions == 21  # in the first iteration only
     assert [seed for num, seed, _ in watched.envs if num == 1] == [300_000, 300_001, 300_002, 300_003]
     assert [seed for num, seed, _ in watched.envs if num == 2] == 3 * [350_000]  # the same episodes each time
     assert [len(data["s"]) for data in watched.fits] == [21, 41, 50] and watched.keeps == [False, True, True]
+    assert script is wm or [row["losses/gp_loss"] for row in rows] == [21, 41, 50]
     numbers = [*(i // 7 for i in range(21)), *(3 + i // 7 for i in range(20)), *(6 + i // 7 for i in range(9))]
     assert watched.fits[-1]["episode"].tolist() == numbers
     assert torch.equal(watched.fits[-1]["first"], watched.fits[-1]["s"][:, 0] == 0)
@@ -467,119 +481,123 @@ def check_collection(watched: Watched, rows: list[dict[str, float]], members: in
         assert row["charts/episodic_length"] == len(new) / episodes
         assert row["eval/return"] == 25 and row["charts/imagined_return"] == 40 and row["charts/gap"] == 15
         assert row["losses/model_loss"] == 0.5 and row["model/error_at_1"] == 0.25
-        assert len(starts) == 20 * members and (starts[:, 0] == 0).all()  # from real first states
+        assert len(starts) == 20 * watched.members and (starts[:, 0] == 0).all()  # from real first states
         assert set(starts[:, 1].tolist()) <= set(data["s"][:, 1].tolist())
-
-
-def test_the_loop_collects_fits_and_measures(monkeypatch):
-    watched = Watched(monkeypatch)
-    rows = main(Args(**RAMP, seed=3, action_noise=0.5))
-    check_collection(watched, rows, 5)
-    assert {noise for _, _, noise in watched.envs} == {0.5}
-
-
-def check_imagination(watched: Watched, starts: torch.Tensor, members: int) -> None:
-    """Of four updates with --gamma 0.9: where they take place, the scale of rewards, and the checks between them."""
-    envs, num_steps = watched.rollouts[0]
-    assert num_steps == 10 and envs.s.shape == (20, 2) and envs.horizon == 8
-    assert all(other is envs for other, _ in watched.rollouts) and len(watched.rollouts) == 4
-    assert torch.equal(envs.starts, starts)
-    assert watched.updates == 4 * [(pytest.approx(0.1 / watched.fits[0]["r"].mean().item()), 1e-3)]
-    (chosen, seed, state), *later = watched.checks
-    assert len(chosen) == 40 * members and seed == 1 and {*chosen[:, 0].tolist()} <= {*starts[:, 0].tolist()}
-    assert all(torch.equal(x[0], chosen) and torch.equal(x[2], state) for x in later)  # the same luck at each check
-
-
-@pytest.mark.parametrize("start_states", ["visited", "initial"])
-@pytest.mark.parametrize("sample_member", ["step", "trajectory"])
-def test_the_loop_trains_in_imagination(monkeypatch, start_states, sample_member):
-    watched = Watched(monkeypatch)
-    flags = {"start_states": start_states, "sample_member": sample_member, "policy_updates": 4, "gamma": 0.9}
-    (row,) = main(Args(**RAMP | flags, iterations=1))
-    data = watched.fits[0]
-    check_imagination(watched, data["s"] if start_states == "visited" else data["s"][data["first"]], 5)
-    assert watched.rollouts[0][0].imagine.keywords == {"fixed": sample_member == "trajectory"}
-    assert [row[f"losses/{name}"] for name in ("policy_loss", "value_loss", "entropy")] == [2.5, 5, 7.5]
-    main(Args(**RAMP | flags, iterations=1, reward_scale=0.5))
-    assert watched.updates[-1][0] == 0.5
+    assert rows == sorted(rows, key=lambda row: row["charts/minutes"])  # they are added up
 
 
 @pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (wm, {"start_states": "visited", "sample_member": "trajectory"}),
+        (wm, {"start_states": "initial", "sample_member": "step"}),
+        (gp, {}),
+    ],
+)
+def test_the_loop_trains_in_imagination(monkeypatch, script, flags):
+    watched = Watched(monkeypatch, script)
+    (row,) = watched.main(total_timesteps=21, policy_updates=4, gamma=0.9, **flags)
+    data, (envs, num_steps) = watched.fits[0], watched.rollouts[0]
+    starts = data["s"][data["first"]] if flags.get("start_states") == "initial" else data["s"]
+    assert num_steps == 10 and envs.s.shape == (20, 2) and envs.horizon == 8 and torch.equal(envs.starts, starts)
+    assert all(other is envs for other, _ in watched.rollouts) and len(watched.rollouts) == 4
+    assert watched.updates == 4 * [(pytest.approx(0.1 / data["r"].mean().item()), 1e-3)]
+    (chosen, seed, state), *later = watched.checks
+    assert len(chosen) == 40 * watched.members and seed == 1 and {*chosen[:, 0].tolist()} <= {*starts[:, 0].tolist()}
+    assert all(torch.equal(x[0], chosen) and torch.equal(x[2], state) for x in later)  # the same luck at each check
+    assert [row[f"losses/{name}"] for name in ("policy_loss", "value_loss", "entropy")] == [2.5, 5, 7.5]
+    if script is wm:
+        assert envs.imagine.keywords == {"fixed": flags["sample_member"] == "trajectory"}
+        watched.main(total_timesteps=21, reward_scale=0.5)
+        assert watched.updates[-1][0] == 0.5
+
+
+@both_scripts
+@pytest.mark.parametrize(
     ("checks", "kwargs", "made", "kept"),
     [
-        # 4 of 5 members improve, then 3 of 5, then 4 of 5 over the best; then it fails twice in a row
-        ([[0.0] * 5, [1.0, 1, 1, 1, -1], [2.0, 2, 2, 0, -2], [2.0, 2, 2, 2, -2], [2.0] * 5, [2.0] * 5], {}, 10, 6),
-        ([[0.0] * 5, [1.0, 1, 1, 1, -1], [2.0, 2, 2, 0, -2]], {"check_patience": 1}, 4, 2),  # the paper's rule
+        # the process: the first number of each; 4 of 5 members improve, then 3 of 5, then 4 of 5 over the best; then it fails twice in a row
+        ([[0.0] * 5, [1.0, 1, 1, 1, -1], [0.0, 2, 2, 2, -2], [2.0, 2, 2, 2, -2], [2.0] * 5, [2.0] * 5], {}, 10, 6),
+        ([[0.0] * 5, [1.0, 1, 1, 1, -1], [0.0, 2, 2, 2, -2]], {"check_patience": 1}, 4, 2),  # the paper's rule
         ([[0.0] * 5] + [[-1.0] * 5] * 4 + [[1.0] * 5] * 3, {}, 14, 10),  # goes on until a first improvement
         ([[0.0] * 5] * 11, {"improvement_share": 0.0}, 20, 20),  # without the rule
         ([[0.0] * 5] + [[-1.0] * 5] * 10, {}, 20, 0),  # never an improvement: the first actor comes back
         ([[0.0] * 5, [1.0] * 5, [2.0] * 5], {"policy_updates": 3}, 3, 3),  # the last update is judged too
     ],
 )
-def test_the_stopping_rule(monkeypatch, checks, kwargs, made, kept):
-    watched = Watched(monkeypatch, checks)
-    (row,) = main(Args(**RAMP | {"policy_updates": 20, "iterations": 1} | kwargs))
+def test_the_stopping_rule(monkeypatch, script, checks, kwargs, made, kept):
+    if script is gp and "improvement_share" in kwargs:
+        pytest.skip("the process has no members that could disagree")
+    watched = Watched(monkeypatch, script, checks)
+    (row,) = watched.main(**{"policy_updates": 20, "total_timesteps": 21} | kwargs)
     assert watched.left == [] and row["charts/policy_updates"] == made == len(watched.updates)
     assert watched.evaluations == [(2, kept, made)]  # the best actor is back, the critic stays
 
 
-def test_imagination_that_is_not_finite_is_named(monkeypatch):
-    Watched(monkeypatch, [[math.nan]])
-    with pytest.raises(SystemExit, match=r"iteration 1 imagines .* not finite: lower --model-learning-rate"):
-        main(Args(**RAMP))
+@both_scripts
+def test_imagination_that_is_not_finite_is_named(monkeypatch, script):
+    flag = "--model-learning-rate" if script is wm else "--gp-learning-rate"
+    with pytest.raises(SystemExit, match=rf"iteration 1 imagines .* not finite: lower {flag}"):
+        Watched(monkeypatch, script, [[math.nan]]).main()
 
 
 def test_the_loop_without_a_model(monkeypatch):
     watched = Watched(monkeypatch)
     flags = {"model": "real", "num_envs": 4, "num_steps": 10, "total_timesteps": 200, "anneal_lr": True}
-    rows = main(Args(**RAMP | flags))
+    rows = watched.main(**flags)
     assert [row["global_step"] for row in rows] == [80, 160, 200] and watched.fits == watched.checks == []
     assert watched.envs == [(4, 100_000, 0.0)] + 3 * [(2, 150_000, 0.0)]
     assert all(envs is watched.rollouts[0][0] and n == 10 for envs, n in watched.rollouts)  # one environment, no resets
     assert watched.rollouts[0][0].s.shape == (4, 2)
     assert watched.updates == [(1.0, pytest.approx(1e-3 * (1 - 0.2 * i))) for i in range(5)]
     assert watched.evaluations[-1] == (2, 5, 5) and "charts/gap" not in rows[0]
-    main(Args(**RAMP | flags | {"reward_scale": 0.01}))
+    watched.main(**flags, reward_scale=0.01)
     assert watched.updates[-1][0] == 0.01
 
 
-def test_a_run_stops_at_its_return(monkeypatch, tmp_path):
-    Watched(monkeypatch)
-    assert len(main(Args(**RAMP, stop_return=25.0))) == 1
-    assert len(main(Args(**RAMP, stop_return=25.1, save_model=False, exp_name="other"))) == 3
+@both_scripts
+def test_a_run_stops_at_its_return(monkeypatch, script, tmp_path):
+    watched = Watched(monkeypatch, script)
+    assert len(watched.main(stop_return=25.0)) == 1
+    assert len(watched.main(stop_return=25.1, save_model=False, exp_name="other")) == 3
     (folder,) = tmp_path.glob("runs/*other*")
     assert {path.name for path in folder.iterdir()} == {"metrics.csv", "checkpoint.pt"}
 
 
-@pytest.mark.parametrize("env_id", ["TestWorldRamp-v0", "Pendulum-v1"])
-def test_a_resumed_run_is_the_whole_run(env_id, tmp_path):
-    flags = SMALL | {"env_id": env_id, "model": "deterministic" if env_id == "Pendulum-v1" else "ensemble"}
-    whole = main(Args(**flags, exp_name="whole"))
-    half = main(Args(**flags, exp_name="half", iterations=1))
+@pytest.mark.parametrize(
+    ("script", "flags", "cut", "more"),
+    [
+        (wm, {"env_id": "TestWorldRamp-v0"}, {"iterations": 1}, ["--iterations", "9"]),
+        (wm, {"env_id": "Pendulum-v1", "model": "deterministic"}, {"iterations": 1}, ["--iterations", "9"]),
+        (gp, {"gp_points": 40, "gp_steps": 3}, {"total_timesteps": 80}, ["--total-timesteps", "160"]),
+    ],
+)
+def test_a_resumed_run_is_the_whole_run(script, flags, cut, more, tmp_path):
+    whole = script.main(script.Args(**SMALL | flags, exp_name="whole"))
+    half = script.main(script.Args(**SMALL | flags | cut, exp_name="half"))
     (path,) = tmp_path.glob("runs/*half*/checkpoint.pt")
+    resume = ["--resume", str(path)]
     with pytest.raises(SystemExit, match=r"agent.pt can't go on: --resume takes a checkpoint.pt"):
-        main(parse_args(["--resume", str(path.with_name("agent.pt"))]))
-    state = torch.load(path, weights_only=True)
-    assert len(state["data"]["s"]) == 80 and state["iteration"] == 1
-    rest = main(parse_args(["--resume", str(path), "--iterations", "9"]))
+        script.main(script.parse_args(["--resume", str(path.with_name("agent.pt"))]))
+    rest = script.main(script.parse_args([*resume, *more]))
     times = {"charts/minutes": 0}
     assert [row | times for row in rest] == [row | times for row in whole] and half == rest[:1]
     assert rest[1]["charts/minutes"] > rest[0]["charts/minutes"]
     with pytest.raises(SystemExit, match="has had all of its 160 steps"):
-        main(parse_args(["--resume", str(path)]))
+        script.main(script.parse_args(resume))
     with pytest.raises(SystemExit, match="made with another environment, or other sizes"):
-        main(parse_args(["--resume", str(path), "--hidden", "9", "--total-timesteps", "200"]))
+        script.main(script.parse_args([*resume, "--hidden", "9", "--total-timesteps", "200"]))
 
 
-def test_evaluation_of_a_file(tmp_path, capsys):
-    main(Args(**SMALL | {"total_timesteps": 80, "seed": 2}))
+@both_scripts
+def test_evaluation_of_a_file(script, tmp_path, capsys):
+    script.main(script.Args(**SMALL | {"total_timesteps": 80, "seed": 2}))
     (path,) = tmp_path.glob("runs/*/agent.pt")
-    rows = main(parse_args(["--evaluate", str(path), "--eval-episodes", "9"]))
+    rows = script.main(script.parse_args(["--evaluate", str(path), "--eval-episodes", "9"]))
     agent = RolloutActorCritic(4, 2, (8,), True)
     agent.load_state_dict(torch.load(path, weights_only=True)["agent"])
-    returns, _ = wm.evaluate_in_reality(
-        RealEnvs("CartPole-v1", 9, CPU, 275_000), agent
-    )  # other episodes than training's
+    envs = RealEnvs("CartPole-v1", 9, CPU, 275_000)  # other episodes than training's and --stop-return's
+    returns, _ = wm.evaluate_in_reality(envs, agent)
     assert rows == [{"eval/return": returns.mean()}]
     assert f"9 episodes: return {returns.mean():.4g} ± {1.96 * returns.std() / 3:.2g}" in capsys.readouterr().out
 
