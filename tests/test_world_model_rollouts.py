@@ -516,7 +516,8 @@ def test_the_loop_trains_in_imagination(monkeypatch, script, flags):
 @pytest.mark.parametrize(
     ("checks", "kwargs", "made", "kept"),
     [
-        # the process: the first number of each; 4 of 5 members improve, then 3 of 5, then 4 of 5 over the best; then it fails twice in a row
+        # 4 of 5 members improve, then 3 of 5, then 4 of 5 over the best; then it fails twice in a row. The process has
+        # the first of them
         ([[0.0] * 5, [1.0, 1, 1, 1, -1], [0.0, 2, 2, 2, -2], [2.0, 2, 2, 2, -2], [2.0] * 5, [2.0] * 5], {}, 10, 6),
         ([[0.0] * 5, [1.0, 1, 1, 1, -1], [0.0, 2, 2, 2, -2]], {"check_patience": 1}, 4, 2),  # the paper's rule
         ([[0.0] * 5] + [[-1.0] * 5] * 4 + [[1.0] * 5] * 3, {}, 14, 10),  # goes on until a first improvement
