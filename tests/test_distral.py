@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from conftest import n_step_returns
+from conftest import assert_same, n_step_returns
 
 import distral
 from distral import Args, DistralAgent, cell_planes, main, pad_boards, parse_args, player_view
@@ -224,13 +224,11 @@ def test_resume_continues_bit_for_bit_and_evaluate_reads(monkeypatch):
     monkeypatch.setattr(distral, "save_checkpoint", save)
     (half,) = (str(path) for path in pathlib.Path().glob("runs/*half*/checkpoint.pt"))
     assert main(parse_args(["--resume", half])) == whole
-    first, again = saved("whole"), saved("half")
-    assert all(torch.equal(first["agent"][name], again["agent"][name]) for name in first["agent"])
+    assert_same(saved("whole")["agent"], saved("half")["agent"])
     assert [row["global_step"] for row in saved("half", "checkpoint.pt")["rows"]] == [64, 128, 192, 256]
     agent = half.replace("checkpoint", "agent")
     assert main(parse_args(["--evaluate", agent])) == whole
-    other = main(parse_args(["--evaluate", agent, "--eval-episodes", "2", "--seed", "5"]))
-    assert all(share in (0.0, 0.5, 1.0) for share in (other["eval/solved_5x5-1"], other["eval/solved_6x5-1"]))
+    assert main(parse_args(["--evaluate", agent, "--eval-episodes", "1"]))["eval/solved_5x5-1"] in (0.0, 1.0)
     for path in (half, agent):
         with pytest.raises(SystemExit, match="is of a finished run"):
             main(parse_args(["--resume", path]))

@@ -788,7 +788,6 @@ NO_PLAYER, OPEN = to_board("#####", "# $.#", "#####"), to_board(*["##########"] 
     ("arguments", "error", "fault"),
     [
         ({"observation": "pixels"}, ValueError, "'pixels'.*cells, tiny_rgb, rgb"),
-        ({"device": "nonsense"}, RuntimeError, "nonsense"),
         ({"render_mode": "pixels"}, ValueError, "'pixels'.*rgb_array.*ansi"),
         ({"backend": "jax"}, ValueError, "'jax'"),
         ({"max_episode_steps": 0}, ValueError, "max_episode_steps is 0"),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import assert_same, rows_of, seeded
+from conftest import assert_same, n_step_returns, rows_of, seeded
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXTS = {path.stem: path.read_text() for path in sorted(ROOT.glob("*.py"))}
@@ -237,21 +237,14 @@ def test_the_player_stands_in_the_middle_of_its_view(script, size):
 
 
 @scripts_with("generalized_advantages")
-def test_advantages_by_hand(script):
-    rewards = torch.tensor([[1.0, 1, 1], [2, 2, 2], [3, 3, 3]])  # (T, B); γ = .5
-    values = torch.tensor([[0.5, 0.5, 0.5], [0.25, 0.25, 0.25], [1.0, 1, 1]])
-    next_values = torch.tensor([[0.25, 0.25, 0.25], [1, 8.0, 8], [4, 4, 4.0]])
-    terminated = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
-    truncated = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
-    result = script.generalized_advantages(rewards, values, next_values, terminated, terminated | truncated, 0.5, 1.0)
-    whole = [1 + 0.5 * 2 + 0.25 * 3 + 0.125 * 4 - 0.5, 2 + 0.5 * 3 + 0.25 * 4 - 0.25, 3 + 0.5 * 4 - 1]
-    ended = [1 + 0.5 * 2 - 0.5, 2 - 0.25, 3 + 0.5 * 4 - 1]  # terminated: no bootstrap, and nothing of the next episode
-    cut = [1 + 0.5 * 2 + 0.25 * 8 - 0.5, 2 + 0.5 * 8 - 0.25, 3 + 0.5 * 4 - 1]  # truncated: V of its own last frame
-    assert torch.allclose(result, torch.tensor([whole, ended, cut]).T)
-    never = torch.zeros_like(terminated)
-    result = script.generalized_advantages(rewards, values, next_values, never, never, 0.5, 0.8)
-    deltas = rewards + 0.5 * next_values - values
-    assert torch.allclose(result[0], deltas[0] + 0.4 * deltas[1] + 0.16 * deltas[2])
+def test_advantages_are_discounted_sums_of_errors(script):
+    rewards, values, next_values = torch.randn(3, 6, 50)  # (T, B) each
+    terminated, truncated = torch.rand(2, 6, 50) < 0.2
+    done = terminated | truncated
+    result = script.generalized_advantages(rewards, values, next_values, terminated, done, 0.5, 0.8)
+    errors = rewards + 0.5 * next_values * ~terminated - values  # truncated: V of its own last frame
+    # Σ_k (γλ)^k δ_{t+k}, up to the end of an episode: nothing of the next one
+    torch.testing.assert_close(result, n_step_returns(errors, done, done, torch.zeros(6, 50), 0.5 * 0.8))
 
 
 @scripts_with("sample")
@@ -259,21 +252,6 @@ def test_sampled_actions_follow_the_policy(script):
     logits = torch.tensor([0.0, 1, 2, -1, -3]).expand(200_000, 5)
     share = script.sample(logits, seeded()).bincount(minlength=5) / 200_000
     assert torch.allclose(share, logits[0].softmax(-1), atol=0.005)
-
-
-@scripts_with("actor_critic_losses")
-def test_actor_critic_losses_by_hand(script):
-    logits = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
-    values = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    actions, advantages = torch.randint(5, (3, 2)), torch.randn(3, 2, dtype=torch.float64)
-    losses = script.actor_critic_losses(logits, values, actions, advantages)
-    p = logits.detach().softmax(-1)
-    taken = torch.nn.functional.one_hot(actions, 5)
-    expected = -((taken * p.log()).sum(-1) * advantages).mean(), advantages.square().mean(), -(p * p.log()).sum() / 6
-    assert [x.item() for x in losses] == pytest.approx([x.item() for x in expected])
-    sum(losses[:2]).backward()
-    torch.testing.assert_close(logits.grad, (p - taken) * advantages[..., None] / 6)
-    torch.testing.assert_close(values.grad, -2 * advantages / 6)  # the return is a constant
 
 
 # ------------------------------------------------------------------- Weights and Biases; slow to start: one script only

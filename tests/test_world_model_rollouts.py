@@ -395,7 +395,6 @@ class Watched:
         self.script, self.members = script, 5 if script is wm else 1
         self.envs, self.fits, self.keeps, self.rollouts, self.updates = [], [], [], [], []
         self.checks, self.gaps, self.evaluations, self.left = [], [], [], [*checks]
-        self.random_actions = 0
         names = ("policy_rollout", "improve_policy", "imagined_returns", "evaluate_in_reality", "open_loop_errors")
         for name in (*names, "RealEnvs", "fit_networks" if script is wm else "fit_termination"):
             monkeypatch.setattr(script, name, getattr(self, name))
@@ -409,15 +408,7 @@ class Watched:
 
     def RealEnvs(self, env_id, num_envs, device, seed, noise=0.0, video=None):
         self.envs.append((num_envs, seed, noise))
-        envs = RealEnvs(env_id, num_envs, device, seed, noise, video)
-        draw = envs.random_action
-
-        def random_action(s, rng):
-            self.random_actions += 1
-            return draw(s, rng)
-
-        envs.random_action = random_action
-        return envs
+        return RealEnvs(env_id, num_envs, device, seed, noise, video)
 
     def fit_networks(self, env_model, data, held_out, args, rng):
         torch.testing.assert_close(env_model.x_mean[:2], data["s"].mean(0))
@@ -460,13 +451,13 @@ RAMP = SMALL | {"env_id": "TestWorldRamp-v0", "total_timesteps": 50, "initial_st
 
 
 @both_scripts
-def test_the_loop_collects_fits_and_measures(monkeypatch, script):
-    watched = Watched(monkeypatch, script)
+def test_the_loop_collects_fits_and_measures(monkeypatch, watch, script):
+    watched, random_actions = Watched(monkeypatch, script), watch(RealEnvs, "random_action")
     flags = {"action_noise": 0.5} if script is wm else {}
     rows = watched.main(seed=3, **flags)
     assert {noise for _, _, noise in watched.envs} == {flags.get("action_noise", 0.0)}
     assert [row["global_step"] for row in rows] == [21, 41, 50]  # the last iteration is cut at the end
-    assert watched.random_actions == 21  # in the first iteration only
+    assert len(random_actions) == 21  # in the first iteration only
     assert [seed for num, seed, _ in watched.envs if num == 1] == [300_000, 300_001, 300_002, 300_003]
     assert [seed for num, seed, _ in watched.envs if num == 2] == 3 * [350_000]  # the same episodes each time
     assert [len(data["s"]) for data in watched.fits] == [21, 41, 50] and watched.keeps == [False, True, True]
