@@ -274,19 +274,14 @@ def test_the_model_learns_from_real_rows_in_their_own_units(watched):
     assert 0 < rows[-1]["losses/model_loss"] < 20
 
 
-def test_metrics_are_means_since_the_last_row(monkeypatch):
-    seen, calls = [], []
+def test_metrics_are_means_since_the_last_row(monkeypatch, watch):
+    calls, seen = [], watch(dyna_dqn, "dqn_loss")
 
     def returns(envs, net, device, seed):
         calls.append((envs.num_envs, seed, net))
         return np.full((1, 2), float(len(calls)))
 
-    def loss(*arguments):
-        seen.append(dqn_loss(*arguments))
-        return seen[-1]
-
     monkeypatch.setattr(dyna_dqn, "greedy_returns", returns)
-    monkeypatch.setattr(dyna_dqn, "dqn_loss", loss)
     flags = {"planning": "none", "total_timesteps": 200, "eval_frequency": 50, "start_e": 1.0, "end_e": 0.2,
              "exploration_steps": 100, "train_frequency": 10, "seed": 5}  # fmt: skip
     state, rows = run(**flags)
@@ -295,7 +290,7 @@ def test_metrics_are_means_since_the_last_row(monkeypatch):
     assert [r["eval/return"] for r in rows] == [1, 2, 3, 4] and {c[:2] for c in calls} == {(2, 10_005)}
     assert same(calls[0][2], _network(state, "q_net"))
     for i, r in enumerate(rows[1:]):
-        loss, q = zip(*seen[5 * i : 5 * i + 5], strict=True)
+        loss, q = zip(*(result for _, result in seen[5 * i : 5 * i + 5]), strict=True)
         assert r["losses/td_loss"] == pytest.approx(torch.stack(loss).mean().item(), rel=1e-5)
         assert r["losses/q_values"] == pytest.approx(torch.stack(q).mean().item(), rel=1e-4)
     returns = state["replay"][0, :196, 7].view(28, 7).sum(1)  # of each episode

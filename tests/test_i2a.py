@@ -183,24 +183,18 @@ def test_the_models_data_come_from_the_levels_and_the_policy_of_the_run():
     assert {board.numpy().tobytes() for board in (data["frames"][:960, 0] == 0)} == walls
 
 
-def test_pretraining_learns_the_rules(monkeypatch: pytest.MonkeyPatch):
+def test_pretraining_learns_the_rules(watch):
     args = replace(SMALL, model_frames=8000, model_steps=900, model_width=16)
-    collect, collected = i2a.collect_transitions, []
-
-    def keep(args: Args, policy: object, num: int, seed: int, *rest: object) -> dict[str, torch.Tensor]:
-        collected.append((seed, collect(args, policy, num, seed, *rest)))
-        return collected[-1][1]
-
-    monkeypatch.setattr(i2a, "collect_transitions", keep)
+    collected = watch(i2a, "collect_transitions")
     model, logger = i2a.EnvModel(args), i2a.Logger(args, "pretraining")
     i2a.pretrain_model(model, args, None, seeded(), logger)
-    fresh = collect(args, i2a.RandomPolicy(), 2560, 77, CPU, None)
+    fresh = i2a.collect_transitions(args, i2a.RandomPolicy(), 2560, 77, CPU, None)
     metrics = i2a.model_metrics(model, fresh)
     assert metrics["model/exact_board_accuracy"] > 0.98 and metrics["model/all_right"] > 0.97
     _, _, end = model.predict(fresh["frames"], fresh["action"])
     assert end[fresh["end"]].float().mean() > 0.9 and not end[~fresh["end"]].float().mean() > 0.01
-    (seed, training), (other_seed, held_out) = collected
-    assert seed != other_seed  # other levels
+    (first, training), (second, held_out), _ = collected
+    assert first[3] != second[3]  # the seeds: other levels
     assert len(training["action"]) + len(held_out["action"]) == pytest.approx(8000, abs=64)  # all of them are counted
     assert [row["model/step"] for row in logger.rows] == [500, 900] and logger.rows[-1]["global_step"] == 8000
     assert logger.rows[-1]["model/all_right"] == i2a.model_metrics(model, held_out)["model/all_right"]
@@ -333,20 +327,15 @@ def test_imagination_stops_where_the_model_says_so():
     assert i2a.imagine({"agent": None}, boards(3)[:, None], 3, seeded()) == ()  # a model-free agent has none
 
 
-def test_greedy_rollouts_take_the_likeliest_action():
-    taken: list[torch.Tensor] = []
-
-    class Watched(i2a.CopyModel):
-        def predict(self, frames: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            taken.append(action)
-            return super().predict(frames, action)
-
+def test_greedy_rollouts_take_the_likeliest_action(watch):
     def policy(frames: torch.Tensor) -> torch.Tensor:  # up is likeliest, but only just
         return torch.tensor([0.0, 0.1, 0, 0, 0]).expand(len(frames), A)
 
-    networks = {"env_model": Watched(SMALL), "rollout_policy": policy}
+    networks = {"env_model": i2a.CopyModel(SMALL), "rollout_policy": policy}
+    predicted = watch(networks["env_model"], "predict")
     i2a.imagine(networks, boards(30)[:, None], 3, seeded(), greedy=True)
-    assert torch.equal(torch.stack(taken), torch.stack([torch.arange(A).repeat(30), *torch.ones(2, 30 * A).long()]))
+    actions = torch.stack([call[1] for call, _ in predicted])
+    assert torch.equal(actions, torch.stack([torch.arange(A).repeat(30), *torch.ones(2, 30 * A).long()]))
 
 
 @pytest.mark.parametrize("shown", [True, False])
