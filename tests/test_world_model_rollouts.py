@@ -393,15 +393,12 @@ class Watched:
 
     def __init__(self, monkeypatch, script=wm, checks=()) -> None:
         self.script, self.members = script, 5 if script is wm else 1
-        self.envs, self.fits, self.keeps, self.rollouts, self.updates = [], [], [], [], []
+        self.envs, self.fits, self.rollouts, self.updates = [], [], [], []
         self.checks, self.gaps, self.evaluations, self.left = [], [], [], [*checks]
         names = ("policy_rollout", "improve_policy", "imagined_returns", "evaluate_in_reality", "open_loop_errors")
         for name in (*names, "RealEnvs", "fit_networks" if script is wm else "fit_termination"):
             monkeypatch.setattr(script, name, getattr(self, name))
         monkeypatch.setattr(gp.GaussianProcessModel, "fit", lambda model, data, args, rng: len(data["s"]))
-        policy = script.RolloutActorCritic
-        standardize = policy.standardize
-        monkeypatch.setattr(policy, "standardize", lambda *x, keep: self.keeps.append(keep) or standardize(*x, keep))
 
     def main(self, **flags):
         return self.script.main(self.script.Args(**RAMP | flags))
@@ -453,6 +450,7 @@ RAMP = SMALL | {"env_id": "TestWorldRamp-v0", "total_timesteps": 50, "initial_st
 @both_scripts
 def test_the_loop_collects_fits_and_measures(monkeypatch, watch, script):
     watched, random_actions = Watched(monkeypatch, script), watch(RealEnvs, "random_action")
+    scaled = watch(script.RolloutActorCritic, "standardize")
     flags = {"action_noise": 0.5} if script is wm else {}
     rows = watched.main(seed=3, **flags)
     assert {noise for _, _, noise in watched.envs} == {flags.get("action_noise", 0.0)}
@@ -460,7 +458,8 @@ def test_the_loop_collects_fits_and_measures(monkeypatch, watch, script):
     assert len(random_actions) == 21  # in the first iteration only
     assert [seed for num, seed, _ in watched.envs if num == 1] == [300_000, 300_001, 300_002, 300_003]
     assert [seed for num, seed, _ in watched.envs if num == 2] == 3 * [350_000]  # the same episodes each time
-    assert [len(data["s"]) for data in watched.fits] == [21, 41, 50] and watched.keeps == [False, True, True]
+    assert [len(data["s"]) for data in watched.fits] == [21, 41, 50]
+    assert [call[-1] for call, _ in scaled] == [False, True, True]  # `keep`: from the second fit on
     assert script is wm or [row["losses/gp_loss"] for row in rows] == [21, 41, 50]
     numbers = [*(i // 7 for i in range(21)), *(3 + i // 7 for i in range(20)), *(6 + i // 7 for i in range(9))]
     assert watched.fits[-1]["episode"].tolist() == numbers
