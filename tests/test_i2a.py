@@ -382,9 +382,9 @@ def test_the_aggregator_keeps_environments_and_actions_apart():
 
 def test_ppo_losses_by_hand():
     ratios, advantages = [0.5, 0.5, 1.0, 1.5, 1.5], [2.0, -2.0, 3.0, 2.0, -2.0]
-    logits, values = torch.randn(5, A, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    actions, returns = torch.arange(5), torch.randn(5, dtype=torch.float64)
-    p = logits.softmax(-1)
+    logits = torch.randn(5, A, dtype=torch.float64, requires_grad=True)
+    values, actions, returns = torch.randn(5, dtype=torch.float64), torch.arange(5), torch.randn(5, dtype=torch.float64)
+    p = logits.detach().softmax(-1)
     old = (p[torch.arange(5), actions] / torch.tensor(ratios, dtype=torch.float64)).log()
     advantage = torch.tensor(advantages, dtype=torch.float64)
     policy_loss, value_loss, entropy, clipfrac = i2a.ppo_losses(logits, values, actions, old, advantage, returns, 0.2)
@@ -393,6 +393,8 @@ def test_ppo_losses_by_hand():
     assert value_loss.item() == pytest.approx(((returns - values) ** 2).mean().item())
     assert entropy.item() == pytest.approx(-(p * p.log()).sum(-1).mean().item())
     assert clipfrac.item() == pytest.approx(4 / 5)
+    entropy_gradient = -p * (p.log() + 1 - (p * (p.log() + 1)).sum(-1, keepdim=True))
+    assert torch.allclose(torch.autograd.grad(entropy, logits)[0], entropy_gradient / 5)
 
 
 def test_distillation_is_a_kl_from_a_constant_target():
