@@ -81,15 +81,9 @@ def test_going_on_reads_the_right_states():
     assert tables.going_on(np.full((1, 53, 4), 0.25), corridor, 1)[0] == 0.25
 
 
-def test_scores_run_from_random_to_optimal_play(monkeypatch):
+def test_scores_run_from_random_to_optimal_play(watch):
     """(return - worst) / (best - worst), means over a run's tasks; π_i, its likeliest action, and π_0."""
-    seen = []
-
-    def returns(policy, ahead, goals, previous, gamma, steps):
-        seen.append((policy, previous, gamma, steps))
-        return np.array([[0.5, 1.5], [0.0, 2.0]])
-
-    monkeypatch.setattr(tables, "episode_returns", returns)
+    played = watch(tables, "episode_returns", lambda *_: np.array([[0.5, 1.5], [0.0, 2.0]]))
     rng = np.random.default_rng(1)
     Q, log_prior = rng.normal(size=(2, 2, 265, 4)), np.log(rng.dirichlet(np.ones(4), (2, 265)))
     worst, best = np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 3.0], [1.0, 3.0]])
@@ -99,7 +93,7 @@ def test_scores_run_from_random_to_optimal_play(monkeypatch):
         np.testing.assert_allclose(result[f"eval/{name}"], [(0.5 + 0.25) / 2, (0 + 0.5) / 2])
     pi = np.exp(log_prior[:, None] * 0.8 + 3 * Q)
     expected = (np.eye(4)[pi.argmax(-1)], pi / pi.sum(-1, keepdims=True), np.exp(log_prior)[:, None] + 0 * Q)
-    for (policy, *rest), wanted in zip(seen, expected, strict=True):
+    for ((policy, _, _, *rest), _), wanted in zip(played, expected, strict=True):
         np.testing.assert_allclose(policy, wanted, rtol=1e-12)
         assert rest == [5, 0.9, 7]
 

@@ -29,7 +29,6 @@ gym.register("TestCountable-v0", entry_point=PlainEnv, kwargs={"states": gym.spa
     [
         ("dyna_q", "--planning-steps -1", "--planning-steps -1"),
         ("dyna_q", "--epsilon 1.5", "--epsilon"),
-        ("dyna_q", "--total-timesteps 0", "--total-timesteps"),
         ("dyna_q", "--prioritized --planning-steps 0", "--prioritized needs"),
         ("dyna_q", "--prioritized --kappa 0.1", "no --kappa"),
         ("dyna_q", "--env-id no_such_module:Maze-v0", "no_such_module"),
@@ -47,7 +46,6 @@ gym.register("TestCountable-v0", entry_point=PlainEnv, kwargs={"states": gym.spa
         ("world_model_rollouts", "--horizon 0", "--horizon must be at least 1"),
         ("world_model_rollouts", "--gamma 1.1", "--gamma.* from 0 to 1"),
         ("world_model_rollouts", "--gamma 1", "--gamma 1 needs --reward-scale"),  # whose default would be 0
-        ("world_model_rollouts", "--policy-updates 0", "--policy-updates must be at least 1"),
         ("world_model_rollouts", "--num-envs 1 --num-steps 3 --num-minibatches 2", "--num-minibatches"),
         ("world_model_rollouts", "--env-id TestPlain-v0", "no time limit.*register it with max_episode_steps"),
         ("world_model_rollouts", "--env-id NoPole-v0", "NoPole-v0: .*exist; try CartPole-v1, or your own as my_env:"),

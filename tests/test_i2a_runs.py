@@ -1,6 +1,5 @@
 """I2A's loop, its checkpoints and its command line: whole runs, tiny ones. The parts: test_i2a.py."""
 
-import csv
 import itertools
 import os
 import pathlib
@@ -12,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_i2a import CPU, FREE, SMALL, assert_equal, boards, seeded, some_rows, step_of
+from conftest import assert_same, n_step_returns, rows_of, seeded
+from test_i2a import CPU, FREE, SMALL, boards, some_rows, step_of
 
 import i2a
 from i2a import A
@@ -32,11 +32,6 @@ def train(*flags: str) -> pathlib.Path:
     i2a.main(i2a.parse_args([*flags]))
     (folder,) = set(pathlib.Path("runs").glob("*")) - before
     return folder
-
-
-def rows_of(folder: pathlib.Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(file)]
 
 
 @pytest.fixture
@@ -97,21 +92,15 @@ def test_one_epoch_of_one_minibatch_is_a2c(agent: str, made: list, monkeypatch: 
 
     def a2c_gradient() -> list[torch.Tensor]:
         boards, actions, rewards, terminated, truncated, following = watch.last(8)
-        after, losses = [agent_on(x)[1].detach() for x in following], []
-        for t, (logits, values) in enumerate(map(agent_on, boards)):
-            for b in range(32):
-                n_step, k = 0.1 * rewards[t, b], t
-                while k < 7 and not terminated[k, b] and not truncated[k, b]:
-                    k += 1
-                    n_step = n_step + 0.9 ** (k - t) * 0.1 * rewards[k, b]
-                if not terminated[k, b]:
-                    n_step = n_step + 0.9 ** (k - t + 1) * after[k][b]
-                log_pi = logits[b].log_softmax(-1)
-                entropy = -(log_pi.exp() * log_pi).sum()
-                policy_loss = -log_pi[actions[t, b]] * (n_step - values[b].detach())
-                losses.append(policy_loss + 0.5 * (n_step - values[b]) ** 2 - 0.001 * entropy)
+        after = agent_on(following.flatten(0, 1))[1].detach().view(8, 32)
+        returns = n_step_returns(0.1 * rewards, terminated, truncated, after, 0.9).flatten()
+        logits, values = agent_on(boards.flatten(0, 1))
+        log_pi = logits.log_softmax(-1)
+        taken = log_pi.gather(1, actions.view(-1, 1)).squeeze(1)
+        losses = 0.5 * (returns - values) ** 2 - taken * (returns - values.detach())
+        losses = losses + 0.001 * (log_pi.exp() * log_pi).sum(1)
         ends.append((int(terminated.sum()), int(truncated.sum())))
-        return torch.autograd.grad(torch.stack(losses).mean(), list(made[0]["agent"].parameters()))
+        return torch.autograd.grad(losses.mean(), list(made[0]["agent"].parameters()))
 
     class Recorder(torch.optim.SGD):
         def step(self) -> None:
@@ -245,7 +234,7 @@ def test_a_run_moves_what_it_should(finetune: bool, made: list, monkeypatch: pyt
     }  # fmt: skip
     export = torch.load(folder / "agent.pt")
     assert export["global_step"] == 1280
-    assert_equal(dict(after), export["networks"])
+    assert_same(dict(after), export["networks"])
 
 
 def test_what_is_held_out_is_held_out(drawn: list, monkeypatch: pytest.MonkeyPatch):
@@ -266,7 +255,7 @@ def test_measuring_and_compiling_change_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f.__self__) or f)
     changes = ["--log-frequency", "32"], ["--log-frequency", "1000", "--compile"]
     often, once = (torch.load(train(*TINY, *change) / "agent.pt")["networks"] for change in changes)
-    assert_equal(often, once)
+    assert_same(often, once)
     assert [type(network) for network in compiled] == [i2a.I2AAgent, i2a.EnvModel, i2a.RolloutPolicy]
     frames, action = boards(8)[:, None], torch.arange(8) % A
     imagined = torch.zeros(8, A, 2, 6, 6, dtype=torch.uint8), torch.randn(8, A, 2), torch.ones(8, A, 2)
@@ -310,7 +299,7 @@ def test_a_pretrained_policy_acts_in_imagination_and_collects(made: list, monkey
 def test_a_model_from_another_runs_file_is_not_pretrained(made: list):
     first = train(*TINY, "--total-timesteps", "1056") / "agent.pt"
     second = train(*TINY, "--env-model-path", str(first), "--rollout-policy", "random", "--total-timesteps", "64")
-    assert_equal(made[0]["env_model"].state_dict(), made[1]["env_model"].state_dict())
+    assert_same(made[0]["env_model"].state_dict(), made[1]["env_model"].state_dict())
     assert rows_of(second)[0]["global_step"] == 64
 
 
@@ -369,7 +358,7 @@ def test_a_killed_run_resumes_bit_for_bit(flags: list[str], when: str, monkeypat
     i2a.main(i2a.parse_args(["--resume", str(killed / "checkpoint.pt")]))
     one, other = (torch.load(folder / "checkpoint.pt") for folder in (whole, killed))
     same = ("networks", "optimizer", "model_optimizer", "global_step", "processes")
-    assert_equal({name: one[name] for name in same}, other)
+    assert_same(*({name: state[name] for name in same if name in state} for state in (one, other)))
     rows, again = rows_of(whole), rows_of(killed)
     minutes = [row["charts/minutes"] for row in again if "charts/minutes" in row]
     assert len(minutes) > 3 and minutes == sorted(minutes)
@@ -413,14 +402,14 @@ def one_of_two(rank: int, folder: str, port: str, rows: list[torch.Tensor]) -> N
     i2a.make_networks = make
     torch.save(networks[0].state_dict(), f"weights{rank}.pt")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    gradient, _ = step_of(replace(FREE, max_grad_norm=0.05), rows=[x[rank::2] for x in rows])
+    gradient, _ = step_of(replace(FREE, max_grad_norm=0.05), [x[rank::2] for x in rows])
     torch.save(gradient, f"gradient{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_train_one_agent(tmp_path: pathlib.Path):
     rows = some_rows(i2a.make_networks(SMALL, CPU))
-    whole, _ = step_of(replace(FREE, max_grad_norm=0.05), rows=rows)
+    whole, _ = step_of(replace(FREE, max_grad_norm=0.05), rows)
     mp.spawn(one_of_two, (str(tmp_path), free_port(), rows), nprocs=2)
     for rank in range(2):  # the mean of the gradients is the whole batch's; it is what is clipped
         for name, gradient in torch.load(f"gradient{rank}.pt").items():
@@ -431,8 +420,8 @@ def test_two_processes_train_one_agent(tmp_path: pathlib.Path):
     assert [process["env"]["pool"]["seed"] for process in state["processes"]] == [1000, 1001]  # other levels
     assert not torch.equal(state["processes"][0]["rng"], state["processes"][1]["rng"])
     assert state["global_step"] == 1024 + 4 * 64  # 2 x 8 environments x 4 steps an update
-    assert_equal(torch.load("weights0.pt"), torch.load("weights1.pt"))
-    assert_equal(torch.load("weights0.pt"), state["networks"])
+    assert_same(torch.load("weights0.pt"), torch.load("weights1.pt"))
+    assert_same(torch.load("weights0.pt"), state["networks"])
     assert "processes (here 1)" in refused("--resume", str(folder / "checkpoint.pt"), "--total-timesteps", "2000")
 
 

@@ -1,17 +1,16 @@
-"""world_model_gp.py: posterior and marginal likelihood in closed form, termination, and the loop.
+"""world_model_gp.py: posterior and marginal likelihood in closed form, and termination.
 
-What it shares with world_model_rollouts.py is tested there: tests/test_copies.py holds the two together.
+The loop and what it shares with world_model_rollouts.py are tested in test_world_model_rollouts.py.
 """
-
-import math
 
 import numpy as np
 import pytest
 import test_world_model_rollouts as shared
 import torch
+from conftest import seeded
 
 import world_model_gp
-from world_model_gp import Args, GaussianProcessModel, main, parse_args
+from world_model_gp import Args, GaussianProcessModel
 
 
 def numpy_posterior(x, y, z, scale, signal, noise):
@@ -98,8 +97,8 @@ def test_gaussian_process_learns_a_linear_system_and_keeps_to_its_limit():
     data, A, B = shared.linear_data(400)
     model = GaussianProcessModel(2, 1, shared.wide(2))
     model.standardize(data)
-    first = model.fit(data, Args(gp_points=60, gp_steps=1), shared.generator())
-    assert model.fit(data, Args(gp_points=60, gp_steps=60), shared.generator()) < first - 1
+    first = model.fit(data, Args(gp_points=60, gp_steps=1), seeded())
+    assert model.fit(data, Args(gp_points=60, gp_steps=60), seeded()) < first - 1
     assert len(model.points) == 60
     s, a = torch.randn(50, 2), torch.rand(50, 1) * 2 - 1
     mean, variance = model(torch.cat([s, a], 1))
@@ -124,16 +123,14 @@ def test_steps_are_drawn_from_the_posterior_and_stay_in_the_space():
     model.condition(x, y)
     s, a = torch.full((20_000, 1), 0.3), torch.full((20_000, 1), -0.4)
     mean, variance = model(torch.tensor([[0.3, -0.4]]))
-    s2, r, end = model.step(s, a, shared.generator())
+    s2, r, end = model.step(s, a, seeded())
     assert s2.mean().item() == pytest.approx(0.3 + 0.1 + 0.01 * mean[0, 0].item(), abs=1e-3)
     assert s2.std().item() == pytest.approx(0.01 * variance[0, 0].sqrt().item(), rel=0.03)
     assert r.mean().item() == pytest.approx(-3 + 2 * mean[0, 1].item(), abs=0.05)
     assert r.std().item() == pytest.approx(2 * variance[0, 1].sqrt().item(), rel=0.03)
     torch.testing.assert_close(end, model.end_net((s2 - 0.2) / 2).sigmoid()[:, 0].detach())
-    assert model.step(s + 5, a, shared.generator())[0].max() == 0.5
-    assert model.step(s - 1e6, a, shared.generator())[0].min().item() == pytest.approx(
-        0.2 - 50 * 2
-    )  # in sight of the data
+    assert model.step(s + 5, a, seeded())[0].max() == 0.5
+    assert model.step(s - 1e6, a, seeded())[0].min().item() == pytest.approx(0.2 - 50 * 2)  # in sight of the data
 
 
 def test_termination_is_learned_and_its_best_weights_come_back():
@@ -142,85 +139,10 @@ def test_termination_is_learned_and_its_best_weights_come_back():
     model, held_out = GaussianProcessModel(2, 1, shared.wide(2)), world_model_gp.held_out_rows(data["episode"])
     model.standardize(data)
     args = Args(model_epochs=100, model_learning_rate=0.1)  # too fast: the loss goes up and down
-    metrics = world_model_gp.fit_termination(model, data, held_out, args, shared.generator())
+    metrics = world_model_gp.fit_termination(model, data, held_out, args, seeded())
     with torch.no_grad():
         logits = model.end_logit(data["s2"][held_out])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, data["end"][held_out]).item()
     assert loss == pytest.approx(metrics["losses/validation_loss"], rel=1e-5) and loss < 0.1
     assert 20 < metrics["model/epochs"] < 100  # ended 20 epochs after the last better one
     assert ((logits > 0) == (data["end"][held_out] == 1)).float().mean() > 0.95
-
-
-class WatchedProcess(shared.Watched):
-    """The parts of world_model_gp.main."""
-
-    module, fit_name = world_model_gp, "fit_termination"
-
-    def __init__(self, monkeypatch, checks=()) -> None:
-        self.fit_termination = self.fit_networks
-        super().__init__(monkeypatch, checks)
-        self.processes = []
-        monkeypatch.setattr(GaussianProcessModel, "fit", self.fit)
-
-    def fit(self, data, args, rng):
-        self.processes.append(len(data["s"]))
-        return 0.125
-
-
-FLAGS = {name: x for name, x in shared.RAMP.items() if name != "model_hidden"}
-
-
-def test_the_loop_collects_fits_and_measures(monkeypatch):
-    watched = WatchedProcess(monkeypatch)
-    rows = main(Args(**FLAGS, seed=3))
-    shared.check_collection(watched, rows, 1)
-    assert watched.processes == [21, 41, 50] and all(row["losses/gp_loss"] == 0.125 for row in rows)
-    assert rows == sorted(rows, key=lambda row: row["charts/minutes"])  # they are added up
-    assert len(main(Args(**FLAGS, stop_return=25.0))) == 1  # the mean of the returns 20 and 30 is enough
-
-
-def test_the_loop_trains_in_imagination(monkeypatch):
-    watched = WatchedProcess(monkeypatch)
-    main(Args(**FLAGS | {"policy_updates": 4, "total_timesteps": 21, "gamma": 0.9}))
-    shared.check_imagination(watched, watched.fits[0]["s"], 1)
-    fresh = torch.Generator().manual_seed(1).get_state()
-    assert all(torch.equal(state, fresh) for *_, state in watched.checks)  # the same luck at each check
-
-
-@pytest.mark.parametrize(
-    ("checks", "kwargs", "made", "kept"),
-    [
-        ([0.0, 1.0, 0.5, 2.0, 2.0, 1.0], {}, 10, 6),  # two failures in a row, and back to the best
-        ([0.0, 1.0, 0.5], {"check_patience": 1}, 4, 2),
-        ([0.0] + [-1.0] * 4 + [1.0] * 3, {}, 14, 10),  # goes on until a first improvement
-        ([0.0, 1.0, 2.0], {"policy_updates": 3}, 3, 3),  # the last update is judged too
-    ],
-)
-def test_the_stopping_rule(monkeypatch, checks, kwargs, made, kept):
-    watched = WatchedProcess(monkeypatch, checks)
-    (row,) = main(Args(**FLAGS | {"policy_updates": 20, "total_timesteps": 21} | kwargs))
-    assert watched.left == [] and row["charts/policy_updates"] == made
-    assert watched.evaluations == [(2, kept, made)]  # the best actor is back, the critic stays
-
-
-def test_imagination_that_is_not_finite_is_named(monkeypatch):
-    WatchedProcess(monkeypatch, [math.nan])
-    with pytest.raises(SystemExit, match=r"iteration 1 imagines .* not finite: lower --gp-learning-rate"):
-        main(Args(**FLAGS))
-
-
-def test_a_resumed_run_is_the_whole_run_and_is_evaluated(tmp_path, capsys, monkeypatch):
-    flags = {name: x for name, x in shared.SMALL.items() if name != "model_hidden"} | {"gp_points": 40, "gp_steps": 3}
-    whole = main(Args(**flags, exp_name="whole"))
-    main(Args(**flags | {"total_timesteps": 80}, exp_name="half"))
-    (path,) = tmp_path.glob("runs/*half*/checkpoint.pt")
-    with pytest.raises(SystemExit, match=r"agent.pt can't go on: --resume takes a checkpoint.pt"):
-        main(parse_args(["--resume", str(path.with_name("agent.pt"))]))
-    rest = main(parse_args(["--resume", str(path), "--total-timesteps", "160"]))
-    times = {"charts/minutes": 0}
-    assert [row | times for row in rest] == [row | times for row in whole]
-    seeds, make_envs = [], world_model_gp.RealEnvs
-    monkeypatch.setattr(world_model_gp, "RealEnvs", lambda *args: seeds.append(args[3]) or make_envs(*args))
-    rows = main(parse_args(["--evaluate", str(path.with_name("agent.pt")), "--eval-episodes", "9"]))
-    assert f"9 episodes: return {rows[0]['eval/return']:.4g} ± " in capsys.readouterr().out
-    assert seeds == [100_000, 175_000]  # not the episodes from 150,000 that --stop-return judged

@@ -6,52 +6,23 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import RampEnv, seeded
 
+import world_model_gp as gp
 import world_model_rollouts as wm
-from world_model_rollouts import Args, EnsembleModel, ImaginedEnvs, RealEnvs, RolloutActorCritic, main, parse_args
+from world_model_rollouts import Args, EnsembleModel, ImaginedEnvs, RealEnvs, RolloutActorCritic, main
 
 CPU = torch.device("cpu")
 SMALL = {
-    "total_timesteps": 160, "initial_steps": 80, "steps_per_iteration": 80, "model_epochs": 3, "model_hidden": (8,),
-    "hidden": (8,), "num_envs": 20, "num_steps": 10, "horizon": 8, "policy_updates": 2, "check_frequency": 2,
-    "eval_episodes": 2, "num_minibatches": 2,
+    "total_timesteps": 160, "initial_steps": 80, "steps_per_iteration": 80, "model_epochs": 3, "hidden": (8,),
+    "num_envs": 20, "num_steps": 10, "horizon": 8, "policy_updates": 2, "check_frequency": 2, "eval_episodes": 2,
+    "num_minibatches": 2,
 }  # fmt: skip
 
 
-class RampEnv(gym.Env):
-    """State (t, episode), scaled, in one array that is used again and again; reward: the action, from 3 on.
-
-    Ends by itself, or is truncated, after 7 steps.
-    """
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), dtype=np.float32)
-    action_space = gym.spaces.Discrete(2, start=3)
-
-    def __init__(self, truncates: bool = False) -> None:
-        self.truncates, self.episode, self.state = truncates, 0, np.zeros(2, dtype=np.float32)
-
-    def _observe(self):
-        self.state[:] = self.t / 10, self.episode / 100
-        return self.state
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        self.episode += 1
-        return self._observe(), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action)
-        self.t += 1
-        return self._observe(), float(action), self.t == 7 and not self.truncates, self.t == 7 and self.truncates, {}
-
-
-gym.register("TestWorldRamp-v0", RampEnv, max_episode_steps=100)
-gym.register("TestWorldRampTruncated-v0", RampEnv, max_episode_steps=100, kwargs={"truncates": True})
-
-
-def generator(seed: int = 1) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+for name, truncates in (("TestWorldRamp-v0", False), ("TestWorldRampTruncated-v0", True)):
+    kwargs = {"num_actions": 2, "first": 3, "length": 7, "truncates": truncates}
+    gym.register(name, RampEnv, max_episode_steps=100, kwargs=kwargs)
 
 
 def wide(S: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +31,7 @@ def wide(S: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def linear_data(N: int = 400) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """s' = A s + B a, r = s_0 - a, ends where s'_0 > 1; 20 episodes of N / 20 steps."""
-    rng = generator()
+    rng = seeded()
     A, B = torch.tensor([[0.9, 0.2], [-0.1, 1.05]]), torch.tensor([[0.0], [0.5]])
     s, a = torch.randn(N, 2, generator=rng), torch.rand(N, 1, generator=rng) * 2 - 1
     s2 = s @ A.T + a @ B.T
@@ -97,7 +68,7 @@ def test_a_linear_system_is_learned_to_its_matrices(gaussian):
     model = EnsembleModel(3, 2, 1, (), gaussian, wide(2))
     model.standardize(data)
     args = Args(model_epochs=120, model_learning_rate=1e-2)
-    wm.fit_networks(model, data, wm.held_out_rows(data["episode"], 0.2), args, generator())
+    wm.fit_networks(model, data, wm.held_out_rows(data["episode"], 0.2), args, seeded())
     rows = torch.cat([torch.eye(3), torch.zeros(1, 3)])  # unit vectors of (s, a), and the origin
     mean, _ = model(rows.expand(3, -1, -1))
     mean = mean * model.y_std + model.y_mean
@@ -116,7 +87,7 @@ def test_a_fit_gives_each_member_its_best_weights_back():
     model.standardize(data)
     held_out = wm.held_out_rows(data["episode"], 0.2)
     args = Args(model_epochs=150, model_learning_rate=0.3)  # too fast: the loss goes up and down
-    metrics = wm.fit_networks(model, data, held_out, args, generator())
+    metrics = wm.fit_networks(model, data, held_out, args, seeded())
     test = [x[held_out] for x in (torch.cat([data["s"], data["a"]], 1), wm.targets(data), data["s2"], data["end"])]
     assert model.loss(*(x.expand(2, *x.shape) for x in test)).mean().item() == pytest.approx(
         metrics["losses/validation_loss"], rel=1e-5
@@ -134,7 +105,7 @@ def test_standardisation_there_and_back():
     with torch.no_grad():
         model.net.weights[0].zero_()
         model.net.biases[0].copy_(((wm.targets(data)[0] - model.y_mean) / model.y_std).expand(2, 1, 3))
-    s2, r, _ = model.step(data["s"][:1], data["a"][:1], generator())  # predicts row 0's target
+    s2, r, _ = model.step(data["s"][:1], data["a"][:1], seeded())  # predicts row 0's target
     torch.testing.assert_close(torch.cat([s2[0], r]), torch.cat([data["s2"][0], data["r"][:1]]))
     model.standardize(data | {"s": torch.ones(300, 2)})
     assert model.x_std.tolist() == [1, 1, 1]  # where nothing varies
@@ -154,7 +125,7 @@ def test_members_differ_and_are_drawn_at_random_at_each_step():
     torch.manual_seed(1)
     model = EnsembleModel(5, 2, 1, (8,), True, wide(2))
     assert len({tuple(w.flatten().tolist()) for w in model.net.weights[0]}) == 5
-    model, rng = marked_model(5), generator()
+    model, rng = marked_model(5), seeded()
     s, a = torch.linspace(-40, 40, 1003)[:, None], torch.zeros(1003, 1)  # 1003: the shares aren't even
     drawn = torch.stack([(model.step(s, a, rng)[0] - s)[:, 0].round() for _ in range(60)])  # (steps, rows)
     counts = torch.stack([(drawn == k).sum(1) for k in range(5)])
@@ -173,12 +144,12 @@ def test_gaussian_steps_have_the_predicted_spread_and_stay_in_the_space():
         model.net.weights[0].zero_()
         model.net.biases[0].copy_(torch.tensor([1.0, 0.0, math.log(0.25), -9.0]))
     model.y_std[0] = 3.0
-    s2, _, _ = model.step(torch.full((20_000, 1), 20.0), torch.zeros(20_000, 1), generator())
+    s2, _, _ = model.step(torch.full((20_000, 1), 20.0), torch.zeros(20_000, 1), seeded())
     assert s2.mean().item() == pytest.approx(23.0, abs=0.05)
     _, logvar = model(torch.zeros(2, 1, 2))
     sigma = 3 * (logvar[0, 0, 0] / 2).exp().item()
     assert s2.std().item() == pytest.approx(sigma, rel=0.02) and sigma == pytest.approx(1.5, rel=0.3)
-    assert model.step(torch.full((10, 1), 40.0), torch.zeros(10, 1), generator())[0].max() <= 40.0
+    assert model.step(torch.full((10, 1), 40.0), torch.zeros(10, 1), seeded())[0].max() <= 40.0
 
 
 # -------------------------------------------------------------------------------------------------------- imagination
@@ -197,18 +168,18 @@ class CountingModel:
 
 
 def test_imagined_episodes_stop_at_the_predicted_end_and_at_the_horizon():
-    envs = ImaginedEnvs(CountingModel().step, torch.tensor([[0.0]]), 4, 10, generator())
+    envs = ImaginedEnvs(CountingModel().step, torch.tensor([[0.0]]), 4, 10, seeded())
     seen = []
     for _ in range(6):
         s2, _, terminated, truncated = envs.step(torch.zeros(4, 1))
         seen.append((s2[0, 0].item(), terminated[0].item(), truncated[0].item(), envs.s[0, 0].item()))
     assert seen == 2 * [(1, False, False, 1), (2, False, False, 2), (3, True, False, 0)]
-    envs = ImaginedEnvs(CountingModel(0.0).step, torch.tensor([[7.0]]), 4, 2, generator())
+    envs = ImaginedEnvs(CountingModel(0.0).step, torch.tensor([[7.0]]), 4, 2, seeded())
     steps = [envs.step(torch.zeros(4, 1)) for _ in range(4)]
     seen = [(s2[0, 0].item(), terminated[0].item(), truncated[0].item()) for s2, _, terminated, truncated in steps]
     assert seen == 2 * [(8, False, False), (9, False, True)] and (envs.s == 7).all()
     # an unsure end is drawn, and an end at the horizon is no truncation
-    envs = ImaginedEnvs(CountingModel(0.3).step, torch.tensor([[0.0]]), 10_000, 1, generator())
+    envs = ImaginedEnvs(CountingModel(0.3).step, torch.tensor([[0.0]]), 10_000, 1, seeded())
     _, _, terminated, truncated = envs.step(torch.zeros(10_000, 1))
     assert terminated.float().mean().item() == pytest.approx(0.3, abs=0.02) and not (terminated & truncated).any()
     assert (terminated | truncated).all()
@@ -216,9 +187,9 @@ def test_imagined_episodes_stop_at_the_predicted_end_and_at_the_horizon():
 
 def test_imagined_return_counts_the_steps_that_are_reached():
     agent = RolloutActorCritic(1, 2, (), True)
-    r = wm.imagined_returns(CountingModel().step, agent, torch.zeros(6, 1), 50, generator(), True)
+    r = wm.imagined_returns(CountingModel().step, agent, torch.zeros(6, 1), 50, seeded(), True)
     assert r.tolist() == 6 * [0 + 1 + 2]
-    r = wm.imagined_returns(CountingModel(0.5).step, agent, torch.ones(6, 1), 3, generator(), True)
+    r = wm.imagined_returns(CountingModel(0.5).step, agent, torch.ones(6, 1), 3, seeded(), True)
     assert r.tolist() == 6 * [1 + 0.5 * 2 + 0.25 * 3]
 
 
@@ -229,7 +200,7 @@ def test_open_loop_errors_of_a_known_model():
     model.x_std[0] = 2.0
     with torch.no_grad():
         model.net.biases[0][0, 0, 0] = 1.1  # a tenth too far at each step
-    errors = wm.open_loop_errors(model, steps, generator())
+    errors = wm.open_loop_errors(model, steps, seeded())
     assert errors == pytest.approx({"model/error_at_1": 0.05, "model/error_at_5": 0.25}, rel=1e-4)
 
 
@@ -269,10 +240,10 @@ def test_policy_gradient_of_two_states(horizon):
     with torch.no_grad():
         agent.actor[0].weight.copy_(logits.T)
         agent.critic[0].weight.copy_(V[None])
-    envs = ImaginedEnvs(TwoStateModel().step, torch.eye(2), 40_000, horizon, generator())
-    batch = wm.policy_rollout(envs, agent, 8, generator(2))
+    envs = ImaginedEnvs(TwoStateModel().step, torch.eye(2), 40_000, horizon, seeded())
+    batch = wm.policy_rollout(envs, agent, 8, seeded(2))
     args = Args(gamma=0.9, gae_lambda=0.8, update_epochs=1)
-    wm.improve_policy(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, 1.0, args, generator(3))
+    wm.improve_policy(agent, torch.optim.SGD(agent.parameters(), lr=0.0), batch, 1.0, args, seeded(3))
     log_prob, _ = agent.log_prob(agent.policy(batch["s"]), batch["a"])
     gradient = torch.autograd.grad((log_prob * batch["advantage"]).mean(), agent.actor[0].weight)[0].T
     visits = batch["s"].mean((0, 1))  # d(s)
@@ -284,7 +255,7 @@ def test_policy_gradient_of_two_states(horizon):
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.01])
 def test_an_update_follows_the_gradient_of_the_whole_loss(max_grad_norm):
     torch.manual_seed(1)
-    agent, rng = RolloutActorCritic(2, 3, (4,), True), generator()
+    agent, rng = RolloutActorCritic(2, 3, (4,), True), seeded()
     s, a = torch.randn(6, 5, 2), torch.eye(3)[torch.randint(3, (6, 5))]
     log_prob, entropy = agent.log_prob(agent.policy(s), a)
     value, r = torch.randn(6, 5), torch.randn(6, 5)
@@ -321,7 +292,7 @@ def test_continuous_log_probabilities_and_greedy_actions():
     torch.manual_seed(1)
     agent = RolloutActorCritic(2, 3, (8,), False)
     out = agent.policy(torch.randn(5, 2))
-    a = agent.sample_action(out, generator())
+    a = agent.sample_action(out, seeded())
     log_prob, entropy = agent.log_prob(out, a)
     sigma = agent.log_std.exp()
     expected = (-(((a - out) / sigma) ** 2) / 2 - agent.log_std - math.log(2 * math.pi) / 2).sum(1)
@@ -341,8 +312,8 @@ def test_environments_take_clipped_actions_and_the_policy_learns_from_those_befo
     with torch.no_grad():
         agent.actor[-1].bias.copy_(torch.tensor([0.3, -3.0]))
     assert agent.act(s, None)[0].tolist() == pytest.approx([0.3, -1.0])
-    wm.imagined_returns(Watching().step, agent, s, 3, generator(), False)
-    batch = wm.policy_rollout(ImaginedEnvs(Watching().step, s, 40, 5, generator()), agent, 3, generator())
+    wm.imagined_returns(Watching().step, agent, s, 3, seeded(), False)
+    batch = wm.policy_rollout(ImaginedEnvs(Watching().step, s, 40, 5, seeded()), agent, 3, seeded())
     assert len(taken) == 6 and torch.stack(taken).abs().max() == 1
     assert torch.equal(torch.stack(taken[3:]), batch["a"].clamp(-1, 1)) and (batch["a"] < -2).any()
 
@@ -350,7 +321,7 @@ def test_environments_take_clipped_actions_and_the_policy_learns_from_those_befo
 def test_discrete_actions_are_drawn_by_their_probabilities():
     agent = RolloutActorCritic(1, 3, (), True)
     out = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(30_000, 3)
-    np.testing.assert_allclose(agent.sample_action(out, generator()).mean(0), [0.2, 0.5, 0.3], atol=0.015)
+    np.testing.assert_allclose(agent.sample_action(out, seeded()).mean(0), [0.2, 0.5, 0.3], atol=0.015)
     assert agent.sample_action(out, None)[0].tolist() == [0, 1, 0]
     log_prob, entropy = agent.log_prob(out[:1], torch.tensor([[0.0, 0.0, 1.0]]))
     assert log_prob.item() == pytest.approx(math.log(0.3))
@@ -363,11 +334,11 @@ def test_discrete_actions_are_drawn_by_their_probabilities():
 @pytest.mark.parametrize("env_id", ["TestWorldRamp-v0", "TestWorldRampTruncated-v0"])
 def test_no_row_crosses_a_reset(env_id):
     envs = RealEnvs(env_id, 1, CPU, 1)
-    data = wm.collect(envs, lambda s, rng: torch.tensor([[0.0, 1.0]]), 30, 5, generator())
+    data = wm.collect(envs, lambda s, rng: torch.tensor([[0.0, 1.0]]), 30, 5, seeded())
     torch.testing.assert_close(data["s2"][:, 0] - data["s"][:, 0], torch.full((30,), 0.1))  # no teleport to t = 0
     assert torch.equal(data["s2"][:, 1], data["s"][:, 1])  # the environment's own episode number
-    assert (data["r"] == 4).all()  # the second action, counted from 3
-    torch.testing.assert_close(data["episode"] - 4.0, 100 * data["s"][:, 1])
+    assert (data["r"] == 1).all()  # the second action, counted from 3
+    torch.testing.assert_close(data["episode"] - 4.0, 1000 * data["s"][:, 1])
     assert torch.equal(data["first"], data["s"][:, 0] == 0) and data["first"].sum() == 5
     at_the_end = (data["s2"][:, 0] * 10).round() == 7
     assert torch.equal(data["end"] == 1, at_the_end & ("Truncated" not in env_id))  # a truncation is no end
@@ -394,12 +365,12 @@ def test_held_out_rows_are_whole_episodes():
 def test_random_actions_and_noise():
     envs = RealEnvs("TestWorldRamp-v0", 1000, CPU, 1, noise=0.5)
     _, r, _, _ = envs.step(torch.tensor([[0.0, 1.0]]).expand(1000, 2))
-    assert r.mean().item() == pytest.approx(3.75, abs=0.05)  # half of the actions are random
+    assert r.mean().item() == pytest.approx(0.75, abs=0.05)  # half of the actions are random
     first, second = (RealEnvs("Pendulum-v1", 1, CPU, 1, noise) for noise in (0.0, 0.3))
     assert not torch.equal(first.step(torch.zeros(1, 1))[0], second.step(torch.zeros(1, 1))[0])
-    a = envs.random_action(torch.zeros(4000, 2), generator())
+    a = envs.random_action(torch.zeros(4000, 2), seeded())
     assert (a.sum(1) == 1).all() and a[:, 0].mean().item() == pytest.approx(0.5, abs=0.03)
-    a = first.random_action(torch.zeros(4000, 3), generator())
+    a = first.random_action(torch.zeros(4000, 3), seeded())
     assert a.abs().max() <= 1 and a.mean().abs() < 0.03 and a.std().item() == pytest.approx(3**-0.5, abs=0.02)
 
 
@@ -408,45 +379,41 @@ def test_evaluation_counts_one_episode_each():
     with torch.no_grad():
         agent.actor[-1].bias.copy_(torch.tensor([0.0, 50.0]))  # action 4
     returns, steps = wm.evaluate_in_reality(RealEnvs("TestWorldRamp-v0", 3, CPU, 1), agent)
-    assert returns.tolist() == [28, 28, 28] and steps["alive"].all() and len(steps["s"]) == 7
+    assert returns.tolist() == [7, 7, 7] and steps["alive"].all() and len(steps["s"]) == 7
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
+both_scripts = pytest.mark.parametrize("script", [wm, gp], ids=["ensemble", "process"])
+
+
 class Watched:
-    """main's parts, replaced by ones that do next to nothing and note how they are called."""
+    """A script's parts, replaced by ones that do next to nothing and note how they are called."""
 
-    module, fit_name = wm, "fit_networks"
-
-    def __init__(self, monkeypatch, checks=()) -> None:
-        self.envs, self.fits, self.keeps, self.rollouts, self.updates = [], [], [], [], []
+    def __init__(self, monkeypatch, script=wm, checks=()) -> None:
+        self.script, self.members = script, 5 if script is wm else 1
+        self.envs, self.fits, self.rollouts, self.updates = [], [], [], []
         self.checks, self.gaps, self.evaluations, self.left = [], [], [], [*checks]
-        self.random_actions = 0
         names = ("policy_rollout", "improve_policy", "imagined_returns", "evaluate_in_reality", "open_loop_errors")
-        for name in (*names, "RealEnvs", self.fit_name):
-            monkeypatch.setattr(self.module, name, getattr(self, name))
-        policy = self.module.RolloutActorCritic
-        standardize = policy.standardize
-        monkeypatch.setattr(policy, "standardize", lambda *x, keep: self.keeps.append(keep) or standardize(*x, keep))
+        for name in (*names, "RealEnvs", "fit_networks" if script is wm else "fit_termination"):
+            monkeypatch.setattr(script, name, getattr(self, name))
+        monkeypatch.setattr(gp.GaussianProcessModel, "fit", lambda model, data, args, rng: len(data["s"]))
+
+    def main(self, **flags):
+        return self.script.main(self.script.Args(**RAMP | flags))
 
     def RealEnvs(self, env_id, num_envs, device, seed, noise=0.0, video=None):
         self.envs.append((num_envs, seed, noise))
-        envs = RealEnvs(env_id, num_envs, device, seed, noise, video)
-        draw = envs.random_action
-
-        def random_action(s, rng):
-            self.random_actions += 1
-            return draw(s, rng)
-
-        envs.random_action = random_action
-        return envs
+        return RealEnvs(env_id, num_envs, device, seed, noise, video)
 
     def fit_networks(self, env_model, data, held_out, args, rng):
         torch.testing.assert_close(env_model.x_mean[:2], data["s"].mean(0))
         assert torch.equal(held_out, wm.held_out_rows(data["episode"]))
         self.fits.append(data)
         return {"losses/model_loss": 0.5}
+
+    fit_termination = fit_networks
 
     def policy_rollout(self, envs, agent, num_steps, rng):
         self.rollouts.append((envs, num_steps))
@@ -466,7 +433,7 @@ class Watched:
             self.gaps.append(s)
             return torch.full((len(s),), 40.0)
         self.checks.append((s, rng.initial_seed(), rng.get_state()))
-        returns = torch.tensor(self.left.pop(0)) if self.left else torch.zeros(1)
+        returns = torch.tensor(self.left.pop(0)[: self.members]) if self.left else torch.zeros(1)
         return returns.repeat_interleave(len(s) // returns.numel())
 
     def evaluate_in_reality(self, envs, agent):
@@ -480,13 +447,20 @@ class Watched:
 RAMP = SMALL | {"env_id": "TestWorldRamp-v0", "total_timesteps": 50, "initial_steps": 21, "steps_per_iteration": 20}
 
 
-def check_collection(watched: Watched, rows: list[dict[str, float]], members: int) -> None:
-    """Of three iterations with --seed 3: real steps, seeds, episodes and metrics; `members` judge the gap."""
+@both_scripts
+def test_the_loop_collects_fits_and_measures(monkeypatch, watch, script):
+    watched, random_actions = Watched(monkeypatch, script), watch(RealEnvs, "random_action")
+    scaled = watch(script.RolloutActorCritic, "standardize")
+    flags = {"action_noise": 0.5} if script is wm else {}
+    rows = watched.main(seed=3, **flags)
+    assert {noise for _, _, noise in watched.envs} == {flags.get("action_noise", 0.0)}
     assert [row["global_step"] for row in rows] == [21, 41, 50]  # the last iteration is cut at the end
-    assert watched.random_actions == 21  # in the first iteration only
+    assert len(random_actions) == 21  # in the first iteration only
     assert [seed for num, seed, _ in watched.envs if num == 1] == [300_000, 300_001, 300_002, 300_003]
     assert [seed for num, seed, _ in watched.envs if num == 2] == 3 * [350_000]  # the same episodes each time
-    assert [len(data["s"]) for data in watched.fits] == [21, 41, 50] and watched.keeps == [False, True, True]
+    assert [len(data["s"]) for data in watched.fits] == [21, 41, 50]
+    assert [call[-1] for call, _ in scaled] == [False, True, True]  # `keep`: from the second fit on
+    assert script is wm or [row["losses/gp_loss"] for row in rows] == [21, 41, 50]
     numbers = [*(i // 7 for i in range(21)), *(3 + i // 7 for i in range(20)), *(6 + i // 7 for i in range(9))]
     assert watched.fits[-1]["episode"].tolist() == numbers
     assert torch.equal(watched.fits[-1]["first"], watched.fits[-1]["s"][:, 0] == 0)
@@ -497,119 +471,124 @@ def check_collection(watched: Watched, rows: list[dict[str, float]], members: in
         assert row["charts/episodic_length"] == len(new) / episodes
         assert row["eval/return"] == 25 and row["charts/imagined_return"] == 40 and row["charts/gap"] == 15
         assert row["losses/model_loss"] == 0.5 and row["model/error_at_1"] == 0.25
-        assert len(starts) == 20 * members and (starts[:, 0] == 0).all()  # from real first states
+        assert len(starts) == 20 * watched.members and (starts[:, 0] == 0).all()  # from real first states
         assert set(starts[:, 1].tolist()) <= set(data["s"][:, 1].tolist())
-
-
-def test_the_loop_collects_fits_and_measures(monkeypatch):
-    watched = Watched(monkeypatch)
-    rows = main(Args(**RAMP, seed=3, action_noise=0.5))
-    check_collection(watched, rows, 5)
-    assert {noise for _, _, noise in watched.envs} == {0.5}
-
-
-def check_imagination(watched: Watched, starts: torch.Tensor, members: int) -> None:
-    """Of four updates with --gamma 0.9: where they take place, the scale of rewards, and the checks between them."""
-    envs, num_steps = watched.rollouts[0]
-    assert num_steps == 10 and envs.s.shape == (20, 2) and envs.horizon == 8
-    assert all(other is envs for other, _ in watched.rollouts) and len(watched.rollouts) == 4
-    assert torch.equal(envs.starts, starts)
-    assert watched.updates == 4 * [(pytest.approx(0.1 / watched.fits[0]["r"].mean().item()), 1e-3)]
-    (chosen, seed, state), *later = watched.checks
-    assert len(chosen) == 40 * members and seed == 1 and {*chosen[:, 0].tolist()} <= {*starts[:, 0].tolist()}
-    assert all(torch.equal(x[0], chosen) and torch.equal(x[2], state) for x in later)  # the same luck at each check
-
-
-@pytest.mark.parametrize("start_states", ["visited", "initial"])
-@pytest.mark.parametrize("sample_member", ["step", "trajectory"])
-def test_the_loop_trains_in_imagination(monkeypatch, start_states, sample_member):
-    watched = Watched(monkeypatch)
-    flags = {"start_states": start_states, "sample_member": sample_member, "policy_updates": 4, "gamma": 0.9}
-    (row,) = main(Args(**RAMP | flags, iterations=1))
-    data = watched.fits[0]
-    check_imagination(watched, data["s"] if start_states == "visited" else data["s"][data["first"]], 5)
-    assert watched.rollouts[0][0].imagine.keywords == {"fixed": sample_member == "trajectory"}
-    assert [row[f"losses/{name}"] for name in ("policy_loss", "value_loss", "entropy")] == [2.5, 5, 7.5]
-    main(Args(**RAMP | flags, iterations=1, reward_scale=0.5))
-    assert watched.updates[-1][0] == 0.5
+    assert rows == sorted(rows, key=lambda row: row["charts/minutes"])  # they are added up
 
 
 @pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (wm, {"start_states": "visited", "sample_member": "trajectory"}),
+        (wm, {"start_states": "initial", "sample_member": "step"}),
+        (gp, {}),
+    ],
+)
+def test_the_loop_trains_in_imagination(monkeypatch, script, flags):
+    watched = Watched(monkeypatch, script)
+    (row,) = watched.main(total_timesteps=21, policy_updates=4, gamma=0.9, **flags)
+    data, (envs, num_steps) = watched.fits[0], watched.rollouts[0]
+    starts = data["s"][data["first"]] if flags.get("start_states") == "initial" else data["s"]
+    assert num_steps == 10 and envs.s.shape == (20, 2) and envs.horizon == 8 and torch.equal(envs.starts, starts)
+    assert all(other is envs for other, _ in watched.rollouts) and len(watched.rollouts) == 4
+    assert watched.updates == 4 * [(pytest.approx(0.1 / data["r"].mean().item()), 1e-3)]
+    (chosen, seed, state), *later = watched.checks
+    assert len(chosen) == 40 * watched.members and seed == 1 and {*chosen[:, 0].tolist()} <= {*starts[:, 0].tolist()}
+    assert all(torch.equal(x[0], chosen) and torch.equal(x[2], state) for x in later)  # the same luck at each check
+    assert [row[f"losses/{name}"] for name in ("policy_loss", "value_loss", "entropy")] == [2.5, 5, 7.5]
+    if script is wm:
+        assert envs.imagine.keywords == {"fixed": flags["sample_member"] == "trajectory"}
+        watched.main(total_timesteps=21, reward_scale=0.5)
+        assert watched.updates[-1][0] == 0.5
+
+
+@both_scripts
+@pytest.mark.parametrize(
     ("checks", "kwargs", "made", "kept"),
     [
-        # 4 of 5 members improve, then 3 of 5, then 4 of 5 over the best; then it fails twice in a row
-        ([[0.0] * 5, [1.0, 1, 1, 1, -1], [2.0, 2, 2, 0, -2], [2.0, 2, 2, 2, -2], [2.0] * 5, [2.0] * 5], {}, 10, 6),
-        ([[0.0] * 5, [1.0, 1, 1, 1, -1], [2.0, 2, 2, 0, -2]], {"check_patience": 1}, 4, 2),  # the paper's rule
+        # 4 of 5 members improve, then 3 of 5, then 4 of 5 over the best; then it fails twice in a row. The process has
+        # the first of them
+        ([[0.0] * 5, [1.0, 1, 1, 1, -1], [0.0, 2, 2, 2, -2], [2.0, 2, 2, 2, -2], [2.0] * 5, [2.0] * 5], {}, 10, 6),
+        ([[0.0] * 5, [1.0, 1, 1, 1, -1], [0.0, 2, 2, 2, -2]], {"check_patience": 1}, 4, 2),  # the paper's rule
         ([[0.0] * 5] + [[-1.0] * 5] * 4 + [[1.0] * 5] * 3, {}, 14, 10),  # goes on until a first improvement
         ([[0.0] * 5] * 11, {"improvement_share": 0.0}, 20, 20),  # without the rule
         ([[0.0] * 5] + [[-1.0] * 5] * 10, {}, 20, 0),  # never an improvement: the first actor comes back
         ([[0.0] * 5, [1.0] * 5, [2.0] * 5], {"policy_updates": 3}, 3, 3),  # the last update is judged too
     ],
 )
-def test_the_stopping_rule(monkeypatch, checks, kwargs, made, kept):
-    watched = Watched(monkeypatch, checks)
-    (row,) = main(Args(**RAMP | {"policy_updates": 20, "iterations": 1} | kwargs))
+def test_the_stopping_rule(monkeypatch, script, checks, kwargs, made, kept):
+    if script is gp and "improvement_share" in kwargs:
+        pytest.skip("the process has no members that could disagree")
+    watched = Watched(monkeypatch, script, checks)
+    (row,) = watched.main(**{"policy_updates": 20, "total_timesteps": 21} | kwargs)
     assert watched.left == [] and row["charts/policy_updates"] == made == len(watched.updates)
     assert watched.evaluations == [(2, kept, made)]  # the best actor is back, the critic stays
 
 
-def test_imagination_that_is_not_finite_is_named(monkeypatch):
-    Watched(monkeypatch, [[math.nan]])
-    with pytest.raises(SystemExit, match=r"iteration 1 imagines .* not finite: lower --model-learning-rate"):
-        main(Args(**RAMP))
+@both_scripts
+def test_imagination_that_is_not_finite_is_named(monkeypatch, script):
+    flag = "--model-learning-rate" if script is wm else "--gp-learning-rate"
+    with pytest.raises(SystemExit, match=rf"iteration 1 imagines .* not finite: lower {flag}"):
+        Watched(monkeypatch, script, [[math.nan]]).main()
 
 
 def test_the_loop_without_a_model(monkeypatch):
     watched = Watched(monkeypatch)
     flags = {"model": "real", "num_envs": 4, "num_steps": 10, "total_timesteps": 200, "anneal_lr": True}
-    rows = main(Args(**RAMP | flags))
+    rows = watched.main(**flags)
     assert [row["global_step"] for row in rows] == [80, 160, 200] and watched.fits == watched.checks == []
     assert watched.envs == [(4, 100_000, 0.0)] + 3 * [(2, 150_000, 0.0)]
     assert all(envs is watched.rollouts[0][0] and n == 10 for envs, n in watched.rollouts)  # one environment, no resets
     assert watched.rollouts[0][0].s.shape == (4, 2)
     assert watched.updates == [(1.0, pytest.approx(1e-3 * (1 - 0.2 * i))) for i in range(5)]
     assert watched.evaluations[-1] == (2, 5, 5) and "charts/gap" not in rows[0]
-    main(Args(**RAMP | flags | {"reward_scale": 0.01}))
+    watched.main(**flags, reward_scale=0.01)
     assert watched.updates[-1][0] == 0.01
 
 
-def test_a_run_stops_at_its_return(monkeypatch, tmp_path):
-    Watched(monkeypatch)
-    assert len(main(Args(**RAMP, stop_return=25.0))) == 1
-    assert len(main(Args(**RAMP, stop_return=25.1, save_model=False, exp_name="other"))) == 3
+@both_scripts
+def test_a_run_stops_at_its_return(monkeypatch, script, tmp_path):
+    watched = Watched(monkeypatch, script)
+    assert len(watched.main(stop_return=25.0)) == 1
+    assert len(watched.main(stop_return=25.1, save_model=False, exp_name="other")) == 3
     (folder,) = tmp_path.glob("runs/*other*")
     assert {path.name for path in folder.iterdir()} == {"metrics.csv", "checkpoint.pt"}
 
 
-@pytest.mark.parametrize("env_id", ["TestWorldRamp-v0", "Pendulum-v1"])
-def test_a_resumed_run_is_the_whole_run(env_id, tmp_path):
-    flags = SMALL | {"env_id": env_id, "model": "deterministic" if env_id == "Pendulum-v1" else "ensemble"}
-    whole = main(Args(**flags, exp_name="whole"))
-    half = main(Args(**flags, exp_name="half", iterations=1))
+@pytest.mark.parametrize(
+    ("script", "flags", "cut", "more"),
+    [
+        (wm, {"env_id": "TestWorldRamp-v0"}, {"iterations": 1}, ["--iterations", "9"]),
+        (wm, {"env_id": "Pendulum-v1", "model": "deterministic"}, {"iterations": 1}, ["--iterations", "9"]),
+        (gp, {"gp_points": 40, "gp_steps": 3}, {"total_timesteps": 80}, ["--total-timesteps", "160"]),
+    ],
+)
+def test_a_resumed_run_is_the_whole_run(script, flags, cut, more, tmp_path):
+    whole = script.main(script.Args(**SMALL | flags, exp_name="whole"))
+    half = script.main(script.Args(**SMALL | flags | cut, exp_name="half"))
     (path,) = tmp_path.glob("runs/*half*/checkpoint.pt")
+    resume = ["--resume", str(path)]
     with pytest.raises(SystemExit, match=r"agent.pt can't go on: --resume takes a checkpoint.pt"):
-        main(parse_args(["--resume", str(path.with_name("agent.pt"))]))
-    state = torch.load(path, weights_only=True)
-    assert len(state["data"]["s"]) == 80 and state["iteration"] == 1
-    rest = main(parse_args(["--resume", str(path), "--iterations", "9"]))
+        script.main(script.parse_args(["--resume", str(path.with_name("agent.pt"))]))
+    rest = script.main(script.parse_args([*resume, *more]))
     times = {"charts/minutes": 0}
     assert [row | times for row in rest] == [row | times for row in whole] and half == rest[:1]
     assert rest[1]["charts/minutes"] > rest[0]["charts/minutes"]
     with pytest.raises(SystemExit, match="has had all of its 160 steps"):
-        main(parse_args(["--resume", str(path)]))
+        script.main(script.parse_args(resume))
     with pytest.raises(SystemExit, match="made with another environment, or other sizes"):
-        main(parse_args(["--resume", str(path), "--hidden", "9", "--total-timesteps", "200"]))
+        script.main(script.parse_args([*resume, "--hidden", "9", "--total-timesteps", "200"]))
 
 
-def test_evaluation_of_a_file(tmp_path, capsys):
-    main(Args(**SMALL | {"total_timesteps": 80, "seed": 2}))
+@both_scripts
+def test_evaluation_of_a_file(script, tmp_path, capsys):
+    script.main(script.Args(**SMALL | {"total_timesteps": 80, "seed": 2}))
     (path,) = tmp_path.glob("runs/*/agent.pt")
-    rows = main(parse_args(["--evaluate", str(path), "--eval-episodes", "9"]))
+    rows = script.main(script.parse_args(["--evaluate", str(path), "--eval-episodes", "9"]))
     agent = RolloutActorCritic(4, 2, (8,), True)
     agent.load_state_dict(torch.load(path, weights_only=True)["agent"])
-    returns, _ = wm.evaluate_in_reality(
-        RealEnvs("CartPole-v1", 9, CPU, 275_000), agent
-    )  # other episodes than training's
+    envs = RealEnvs("CartPole-v1", 9, CPU, 275_000)  # other episodes than training's and --stop-return's
+    returns, _ = wm.evaluate_in_reality(envs, agent)
     assert rows == [{"eval/return": returns.mean()}]
     assert f"9 episodes: return {returns.mean():.4g} ± {1.96 * returns.std() / 3:.2g}" in capsys.readouterr().out
 
