@@ -190,10 +190,8 @@ def train(*flags: str) -> tuple[dict, list]:
     # rates that float32 can hold, for a graph reads one from a tensor; more episodes than the ring has levels
     small = "--size 6 --num-boxes 1 --cnn-channels 8 --encoder-channels 8 --dense 16 --lstm 8 --model-width 4 "
     small += "--imagination-depth 2 --num-envs 32 --num-steps 4 --max-episode-steps 8 --num-minibatches 2 "
-    small += (
-        "--update-epochs 2 --total-timesteps 2048 --log-frequency 512 --learning-rate 0.0009765625 --anneal-from 0 "
-    )
-    i2a.main(i2a.parse_args([*small.split(), "--eval-episodes", "8", *flags]))
+    small += "--anneal-from 0 --update-epochs 2 --total-timesteps 2048 --log-frequency 512 "
+    i2a.main(i2a.parse_args([*small.split(), "--learning-rate", "0.0009765625", "--eval-episodes", "8", *flags]))
     (path,) = pathlib.Path("runs").glob("*/checkpoint.pt")
     state = torch.load(path, weights_only=True)
     rows = [{k: v for k, v in row.items() if k not in ("charts/SPS", "charts/minutes")} for row in state["rows"]]
