@@ -17,16 +17,14 @@ import functools
 import pathlib
 import shutil
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import tyro
-from common import RESULTS, ROOT, show, wilson, write_rows
+from common import RESULTS, show, wilson, write_rows
 
-sys.path.insert(0, str(ROOT))
 import i2a
 import sokoban_env
 
