@@ -57,3 +57,8 @@ python benchmark/i2a_evaluate.py random
 python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt \
   checkpoints/{model_free,i2a}_10x10_4boxes.pt
 python benchmark/i2a_evaluate.py search runs/*__i2a_8x8-i2a__11__*/agent.pt
+# What a memory of four frames does to greedy play; the last lines go into i2a_memory.csv
+for frames in 1 4; do
+  python i2a.py --exp-name "memory-$frames" --agent model-free --frame-stack "$frames" --total-timesteps 300000
+  python i2a.py --evaluate runs/*__memory-"$frames"__1__*/agent.pt --greedy
+done
