@@ -10,7 +10,7 @@ three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 # 1. Rooms with two boxes: frames and seconds to 50, 80 and 90 %
 $run --study i2a_7x7 --variants "i2a=" "model-free=--agent model-free"
 $run --study i2a_7x7 --seeds 11 12 13 --variants "copy=--env-model copy"
-$run --study i2a_8x8 --seeds 11 12 13 --variants "i2a=" "model-free=--agent model-free" --flags="--size 8"
+$run --study i2a_8x8 --variants "i2a=" "model-free=--agent model-free" --flags="--size 8"
 # --sps: frames a second, of i2a_throughput.csv
 seven="--thresholds 0.3 0.5 0.7 0.8 --at-frames 200000 400000 600000"
 python benchmark/curves.py --study i2a_7x7 $seven --sps i2a=899 model-free=1895
