@@ -13,7 +13,7 @@ $run --study i2a_7x7 --seeds 11 12 13 --variants "copy=--env-model copy"
 $run --study i2a_8x8 --variants "i2a=" "model-free=--agent model-free" --flags="--size 8"
 # --sps: frames a second, of i2a_throughput.csv
 seven="--thresholds 0.3 0.5 0.7 0.8 --at-frames 200000 400000 600000"
-python benchmark/curves.py --study i2a_7x7 $seven --sps i2a=899 model-free=1895
+python benchmark/curves.py --study i2a_7x7 $seven --sps i2a=1054 model-free=2310
 python benchmark/curves.py --study i2a_8x8 $seven
 
 # 2. Where imagination pays: deep rollouts of π̂'s likeliest actions
@@ -24,7 +24,7 @@ for run in runs/*__i2a_depth-model-free__*; do # on to 70 %; held-out shares are
 done
 $run --study i2a_depth --variants "model-free=" "depth-8-greedy=" --collect-only
 python benchmark/curves.py --study i2a_depth --reference depth-8-greedy --thresholds 0.3 0.4 0.5 0.6 0.7 \
-  --at-frames 200000 300000 --sps depth-8-greedy=449 model-free=1895
+  --at-frames 200000 300000 --sps depth-8-greedy=599 model-free=2310
 
 # 3. 10x10 rooms with four boxes. On a GPU, the agents that are shipped: benchmark/gpu.sh. On a CPU:
 ten="--size 10 --num-boxes 4 --max-episode-steps 120 --log-frequency 50000 --anneal-from 0"
