@@ -7,7 +7,8 @@ Runs i2a.py in pieces, on the levels in the folder levels/ (benchmark/gpu.sh mak
 1. to 4 M frames at a constant rate;
 2. from there, as a branch, 1 M frames with a rate that falls to 0: what 5 M frames can do;
 3. from the end of the first piece at the constant rate, from 10 M frames on in minibatches of 1,024 rows, not 256;
-4. in the last quarter of the time, on from there with a rate that falls to 0.
+4. in the last quarter of the time, on from there with a rate that falls to 0. Where no time was left for 3, it goes on
+   from the branch.
 With --contest only the first, until the time is up. Each evaluation is a row of gpu_flagship_NAME.csv in `--output`,
 the agent is NAME.pt beside it (float16, under 5 MB), and checkpoints are in the run's folder under runs/.
 """
@@ -131,8 +132,9 @@ def main(args: Args) -> None:
     start, step = trainer.keep("first.pt"), trainer.step
     trainer.run("branch", f"--resume {start} {falling(3e-4, step, step + args.branch)}", end)
     trainer.keep("branch.pt")
-    trainer.next = step + args.every
-    trainer.run("constant", f"--resume {start} --total-timesteps {args.large_from}", last)
+    if time.time() < last:
+        trainer.next = step + args.every
+        trainer.run("constant", f"--resume {start} --total-timesteps {args.large_from}", last)
     if time.time() < last:
         flags = f"--resume {trainer.path} --num-minibatches 8 --total-timesteps 1000000000"
         trainer.run("large", flags, last)
