@@ -81,14 +81,14 @@ class Args:
     learning_rate: float = 1e-3  # learning rate
     anneal_lr: bool = True  # let it fall linearly to 0, from
     anneal_from: float = 0.7  # this share of the frames on; 0 is CleanRL's line
-    gamma: float = 0.97  # discount
-    gae_lambda: float = 0.95  # 1: the n-step returns of the paper
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.8  # 1: the n-step returns of the paper
     num_minibatches: int = 8  # minibatches of an epoch
     update_epochs: int = 4  # epochs; A2C: 1, with 1 minibatch, --no-norm-adv and --no-symmetry
     norm_adv: bool = True  # normalise the advantages of a minibatch
     clip_coef: float = 0.2  # PPO's clipping
     ent_coef: float = 0.01  # entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
+    vf_coef: float = 2.0  # weight of the value loss
     distill_coef: float = 1.0  # weight of the distillation loss
     max_grad_norm: float = 1.0  # gradient clipping, of the agent and of the rollout policy apart
     reward_scale: float = 0.1  # the agent's losses see rewards times this
@@ -125,8 +125,8 @@ class Args:
 # The paper's setting. Its learning rate, steps of a rollout, discount, and all of the model's data are not published.
 PAPER_SMALL = Args(
     view="board", symmetry=False, num_minibatches=1, update_epochs=1, norm_adv=False, anneal_lr=False, num_envs=32,
-    num_steps=8, learning_rate=3e-3, ent_coef=0.001, cnn_channels=(16, 16), dense=128, encoder_channels=(16, 16),
-    lstm=64, total_timesteps=1_500_000,
+    num_steps=8, learning_rate=3e-3, gamma=0.97, gae_lambda=0.95, ent_coef=0.001, vf_coef=0.5, cnn_channels=(16, 16),
+    dense=128, encoder_channels=(16, 16), lstm=64, total_timesteps=1_500_000,
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
