@@ -7,8 +7,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
+before="--gamma 0.97 --gae-lambda 0.95 --vf-coef 0.5" # what the defaults were
 python benchmark/run.py --study i2a_batches --jobs "${JOBS:-1}" --seeds 11 12 13 \
-  --flags="--agent model-free --total-timesteps 200000 --log-frequency 10000" \
+  --flags="--agent model-free --total-timesteps 200000 --log-frequency 10000 $before" \
   --variants "64x32-8-1e-3=" \
   "256x32-8-1e-3=--num-envs 256" \
   "256x32-32-1e-3=--num-envs 256 --num-minibatches 32" \
