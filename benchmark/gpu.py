@@ -3,7 +3,7 @@
     python benchmark/gpu.py --minutes 3                        # both parts, on a GPU
     python benchmark/gpu.py --device cpu --tiny --minutes 3    # the same at a tiny size: does the command run?
 
-Whether it learns, and how fast: gpu_flagship.py. A machine with PyTorch and no network lacks a few pure Python
+Whether it learns, and how fast: flagship.py. A machine with PyTorch and no network lacks a few pure Python
 packages: benchmark/gpu.sh brings them as wheels.
 
 Parts, in this order. Each row is in its file under `--output` as soon as it is known; what fails is a row, and stops

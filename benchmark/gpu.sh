@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The programs gpu.py and gpu_flagship.py on a machine with a GPU and PyTorch, but without a network.
+# The programs gpu.py and flagship.py on a machine with a GPU and PyTorch, but without a network.
 #
 #     benchmark/gpu.sh wheels           # where there is a network: download what that machine lacks into .whl/
 #     benchmark/gpu.sh levels           # there too: the training levels of the 10x10 agents, in levels/ (five minutes)
@@ -41,9 +41,9 @@ case "${1:-}" in
     install
     # What i2a.py's defaults were when gpu_flagship.csv was made: leave this out, and the agents learn faster
     before="--gamma 0.97 --gae-lambda 0.95 --vf-coef 0.5"
-    python3 benchmark/gpu_flagship.py model-free --seconds 470 --flags="--agent model-free $before" "${@:2}" &
+    python3 benchmark/flagship.py gpu-model-free --seconds 470 --flags="--agent model-free $before" "${@:2}" &
     model="--env-model-path $(ls runs/*__model-10x10__*/agent.pt)"
-    python3 benchmark/gpu_flagship.py i2a --seconds 440 --flags="--greedy-rollouts $model $before" "${@:2}"
+    python3 benchmark/flagship.py gpu-i2a --seconds 440 --flags="--greedy-rollouts $model $before" "${@:2}"
     wait
     ;;
   *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 1 ;;

@@ -263,25 +263,36 @@ def test_the_command_writes_what_it_measures(gpu: types.ModuleType, tmp_path: pa
     assert min(speeds.values()) > 0 and speeds["model-free"] > speeds["depth 3"]
 
 
-def test_the_trained_agent_is_measured_on_the_way(
-    gpu: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-):
-    flagship = importlib.import_module("gpu_flagship")
-    clock = types.SimpleNamespace(time=functools.partial(next, itertools.count()))  # a second each time it is asked
-    monkeypatch.setattr(flagship, "time", clock)
+AGENT_FLAGS = (
+    "--agent model-free --num-envs 8 --num-steps 4 --num-minibatches 8 --cnn-channels 4 --dense 4 --no-bf16 "
+    "--levels levels.txt --log-frequency 64 --eval-episodes 2 --max-episode-steps 8 --learning-rate 7e-4"
+)
+
+
+@pytest.fixture
+def flagship(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     monkeypatch.setattr(i2a, "save_checkpoint", i2a.save_checkpoint)  # both are replaced: put back after the test
     monkeypatch.setattr(sokoban_env, "load_levels", sokoban_env.load_levels)
     sokoban_env.save_levels("levels.txt", sokoban_env.generate_levels(4, size=10, num_boxes=4, seed=1)[0])
-    flags = (
-        "--agent model-free --num-envs 8 --num-steps 4 --num-minibatches 8 --cnn-channels 4 --dense 4 "
-        "--levels levels.txt --log-frequency 64 --eval-episodes 2 --max-episode-steps 8"
-    )
+    return importlib.import_module("flagship")
+
+
+def frames_of(gpu: types.ModuleType, path: pathlib.Path) -> dict[str, list[int]]:
+    """By piece, the frames of the evaluations; each is two rows, of sampled and of greedy actions."""
+    frames: dict[str, list[int]] = {}
+    for row in gpu.read_rows(path)[::2]:
+        frames.setdefault(row["piece"], []).append(int(row["frames"]))
+    return frames
+
+
+def test_the_trained_agent_is_measured_on_the_way(
+    gpu: types.ModuleType, flagship: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock = types.SimpleNamespace(time=functools.partial(next, itertools.count()))  # a second each time it is asked
+    monkeypatch.setattr(flagship, "time", clock)
     settings = {"first": 128, "branch": 64, "large_from": 256, "every": 64, "num_levels": 2, "valid": "levels.txt"}
-    flagship.main(flagship.Args("agent", 60.0, flags, output=str(tmp_path), **settings))
-    rows = gpu.read_rows(tmp_path / "gpu_flagship_agent.csv")
-    frames = {piece: [] for piece in ("constant", "branch", "large", "falling")}
-    for row in rows[::2]:
-        frames[row["piece"]].append(int(row["frames"]))
+    flagship.main(flagship.Args("agent", 60.0, AGENT_FLAGS, output=str(tmp_path), **settings))
+    frames = frames_of(gpu, tmp_path / "flagship_agent.csv")
     assert frames["constant"] == [64, 128, 192, 256] and frames["branch"] == [192]
     assert frames["large"][0] == 320 and frames["falling"][0] == frames["large"][-1] + 64
     metrics = gpu.read_rows(next(pathlib.Path("runs").glob("*__agent__*/metrics.csv")))
@@ -289,3 +300,13 @@ def test_the_trained_agent_is_measured_on_the_way(
     assert all(rates[step] == 7e-4 for step in frames["constant"][:3] + frames["large"])
     assert [*rates.values()][-1] < rates[frames["falling"][0]] < 5e-4
     i2a.main(i2a.parse_args(["--evaluate", str(tmp_path / "agent.pt")]))
+
+
+def test_one_run_and_how_it_goes_on(gpu: types.ModuleType, flagship: types.ModuleType, tmp_path: pathlib.Path):
+    settings = {"every": 128, "num_levels": 2, "valid": "levels.txt", "output": str(tmp_path)}
+    flagship.main(flagship.Args("agent", None, f"{AGENT_FLAGS} --total-timesteps 192", **settings))
+    assert frames_of(gpu, tmp_path / "flagship_agent.csv") == {"one run": [128]}
+    checkpoint = next(pathlib.Path("runs").glob("*__agent__*/checkpoint.pt"))
+    flagship.main(flagship.Args("agent", None, f"--resume {checkpoint} --total-timesteps 320", **settings))
+    assert frames_of(gpu, tmp_path / "flagship_agent.csv") == {"one run": [128, 256]}
+    assert i2a.load_checkpoint(str(tmp_path / "agent.pt"), "cpu")["global_step"] == 320

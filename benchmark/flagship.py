@@ -1,20 +1,23 @@
-"""An agent for 10x10 rooms with four boxes, on a GPU and against the clock, measured on DeepMind's levels on the way.
+"""An agent for 10x10 rooms with four boxes, measured on DeepMind's levels on the way.
 
-    python benchmark/gpu_flagship.py model-free --seconds 470 --flags="--agent model-free"
-    python benchmark/gpu_flagship.py i2a --seconds 440 --flags="--greedy-rollouts"
+    python benchmark/flagship.py model-free --flags="--agent model-free --total-timesteps 5000000"
+    python benchmark/flagship.py gpu-model-free --seconds 470 --flags="--agent model-free"
 
-Runs i2a.py in pieces, on the levels in the folder levels/ (benchmark/gpu.sh makes it):
+Runs i2a.py on the levels in the folder levels/ (benchmark/gpu.sh makes it). Without --seconds it is one run, to the
+frames that the flags say. With them it is a race against the clock, in pieces:
 1. to 4 M frames at a constant rate;
 2. from there, as a branch, 1 M frames with a rate that falls to 0: what 5 M frames can do;
 3. from the end of the first piece at the constant rate, from 10 M frames on in minibatches of 1,024 rows, not 256;
 4. in the last quarter of the time, on from there with a rate that falls to 0. Where no time was left for 3, it goes on
    from the branch.
-With --contest only the first, until the time is up. Each evaluation is a row of gpu_flagship_NAME.csv in `--output`,
-the agent is NAME.pt beside it (float16, under 5 MB), and checkpoints are in the run's folder under runs/.
+With --contest only the first, until the time is up. Each evaluation is a row of flagship_NAME.csv in `--output`, the
+agent is NAME.pt beside it (float16, under 5 MB), and checkpoints are in the run's folder under runs/. With `--resume`
+among the flags a run goes on, and so do its rows.
 """
 
 import contextlib
 import functools
+import math
 import pathlib
 import shutil
 import statistics
@@ -24,22 +27,26 @@ from typing import Any
 
 import torch
 import tyro
-from common import RESULTS, show, wilson, write_rows
+from common import RESULTS, read_rows, show, wilson, write_rows
 
 import i2a
 import sokoban_env
 
 TASK = (
-    "--size 10 --num-boxes 4 --max-episode-steps 120 --levels levels --seed 11 --no-anneal-lr --no-torch-deterministic "
-    "--num-envs 1024 --num-steps 8 --num-minibatches 32 --learning-rate 7e-4 --cnn-channels 128 128 128 "
-    "--no-cnn-padding --dense 512 --log-frequency 250000 --no-save-model"
+    "--size 10 --num-boxes 4 --max-episode-steps 120 --levels levels --seed 11 --no-cnn-padding --dense 512 "
+    "--no-save-model"
+)
+ON_CPU = "--cnn-channels 64 64 64 --bf16 --anneal-from 0.5 --log-frequency 50000"
+ON_GPU = (
+    "--cnn-channels 128 128 128 --num-envs 1024 --num-steps 8 --num-minibatches 32 --learning-rate 7e-4 "
+    "--no-torch-deterministic --cuda-graph --log-frequency 250000"
 )
 
 
 @dataclass
 class Args:
     name: tyro.conf.Positional[str]  # of the run
-    seconds: float  # for everything
+    seconds: float | None = None  # for everything; one run as long as it takes, if there are none
     flags: str = ""  # of i2a.py, behind those of the task
     contest: bool = False  # only the first piece, until the time is up
     first: int = 4_000_000  # frames of the first piece
@@ -64,6 +71,10 @@ class Trainer:
         self.levels = i2a.read_levels(args.valid, 10)[: args.num_levels]
         self.save_checkpoint, i2a.save_checkpoint = i2a.save_checkpoint, self.save
         self.path, self.step = pathlib.Path(), 0  # of the last checkpoint
+        self.table = pathlib.Path(args.output).resolve() / f"flagship_{args.name}.csv"
+        if "--resume" in args.flags and self.table.exists():
+            self.rows = read_rows(self.table)
+            self.next = self.after(int(self.rows[-1]["frames"]))
 
     def save(self, path: pathlib.Path, state: dict[str, Any]) -> None:
         """In the place of i2a.py's save_checkpoint."""
@@ -71,10 +82,14 @@ class Trainer:
         self.path, self.step = path, state["global_step"]
         self.speeds.append(state["rows"][-1]["charts/SPS"])
         if self.step >= self.next:
-            self.next = (self.step // self.args.every + 1) * self.args.every
+            self.next = self.after(self.step)
             self.measure(state)
         if time.time() > self.deadline:
             raise TimeIsUp
+
+    def after(self, step: int) -> int:
+        """The frames of the next evaluation."""
+        return (step // self.args.every + 1) * self.args.every
 
     def measure(self, state: dict[str, Any]) -> None:
         args, device = i2a.Args(**state["args"]), next(iter(state["networks"].values())).device
@@ -83,16 +98,16 @@ class Trainer:
         for greedy in (False, True):
             metrics, _ = i2a.evaluate(replace(args, greedy=greedy), networks, self.levels, device)
             low, high = wilson(metrics["eval/solved"], len(self.levels))
+            last = state["rows"][-1]
             row = {
                 "agent": self.args.name, "piece": self.piece, "frames": self.step,
-                "seconds": time.time() - self.start, "actions": "greedy" if greedy else "sampled",
+                "minutes": last["charts/minutes"], "actions": "greedy" if greedy else "sampled",
                 "solved": metrics["eval/solved"], "low": low, "high": high,
-                "training": state["rows"][-1].get("charts/solved", ""), "SPS": self.speeds[-1],
+                "training": last.get("charts/solved", ""), "SPS": self.speeds[-1],
                 "minibatch": args.num_envs * args.num_steps // args.num_minibatches,
             }  # fmt: skip
             self.rows.append(show(row))
-        output = pathlib.Path(self.args.output).resolve()
-        write_rows(self.rows, str(output / f"gpu_flagship_{self.args.name}.csv"))
+        write_rows(self.rows, str(self.table))
 
     def run(self, piece: str, flags: str, deadline: float) -> None:
         """Train until --total-timesteps, or until the deadline."""
@@ -123,8 +138,15 @@ def falling(rate: float, step: int, total: int) -> str:
 def main(args: Args) -> None:
     sokoban_env.load_levels = functools.cache(sokoban_env.load_levels)  # each piece reads them again
     trainer = Trainer(args)
+    task = f"{TASK} {ON_GPU if torch.cuda.is_available() else ON_CPU} --exp-name {args.name} {args.flags}"
+    if "--resume" in args.flags:  # the checkpoint brings the others
+        task = args.flags
+    if args.seconds is None:
+        trainer.run("one run", task, math.inf)
+        trainer.export()
+        return
+    task += " --no-anneal-lr"
     end, last = trainer.start + args.seconds, trainer.start + 0.75 * args.seconds
-    task = f"{TASK} --exp-name {args.name} {args.flags}" + (" --cuda-graph" if torch.cuda.is_available() else "")
     if args.contest:
         trainer.run("contest", f"{task} --total-timesteps 1000000000", end)
         return
@@ -133,7 +155,7 @@ def main(args: Args) -> None:
     trainer.run("branch", f"--resume {start} {falling(3e-4, step, step + args.branch)}", end)
     trainer.keep("branch.pt")
     if time.time() < last:
-        trainer.next = step + args.every
+        trainer.next = trainer.after(step)
         trainer.run("constant", f"--resume {start} --total-timesteps {args.large_from}", last)
     if time.time() < last:
         flags = f"--resume {trainer.path} --num-minibatches 8 --total-timesteps 1000000000"
