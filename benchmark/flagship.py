@@ -11,8 +11,8 @@ frames that the flags say. With them it is a race against the clock, in pieces:
 4. in the last quarter of the time, on from there with a rate that falls to 0. Where no time was left for 3, it goes on
    from the branch.
 With --contest only the first, until the time is up. Each evaluation is a row of flagship_NAME.csv in `--output`, the
-agent is NAME.pt beside it (float16, under 5 MB), and checkpoints are in the run's folder under runs/. With `--resume`
-among the flags a run goes on, and so do its rows.
+agent is NAME.pt beside it (float16, under 5 MB), and checkpoints are in the folder of the run, flagship-NAME, under
+runs/. With `--resume` among the flags a run goes on, and so do its rows.
 """
 
 import contextlib
@@ -138,7 +138,7 @@ def falling(rate: float, step: int, total: int) -> str:
 def main(args: Args) -> None:
     sokoban_env.load_levels = functools.cache(sokoban_env.load_levels)  # each piece reads them again
     trainer = Trainer(args)
-    task = f"{TASK} {ON_GPU if torch.cuda.is_available() else ON_CPU} --exp-name {args.name} {args.flags}"
+    task = f"{TASK} {ON_GPU if torch.cuda.is_available() else ON_CPU} --exp-name flagship-{args.name} {args.flags}"
     if "--resume" in args.flags:  # the checkpoint brings the others
         task = args.flags
     if args.seconds is None:

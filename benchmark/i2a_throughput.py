@@ -14,7 +14,8 @@ import tyro
 from common import show, write_rows
 from gpu import CPU, FLAGSHIP, i2a, i2a_frames
 
-TASKS = {"7x7-2": "", "10x10-4": FLAGSHIP}
+WIDE = f"{FLAGSHIP} --cnn-channels 64 64 64 --no-cnn-padding --dense 512"  # on a CPU, benchmark/flagship.py's
+TASKS = {"7x7-2": "", "10x10-4": FLAGSHIP, "10x10-4, wide": WIDE, "10x10-4, wide, bf16": f"{WIDE} --bf16"}
 AGENTS = {"model-free": "--agent model-free", "depth 3": "", "depth 8": "--imagination-depth 8"}
 
 

@@ -295,7 +295,7 @@ def test_the_trained_agent_is_measured_on_the_way(
     frames = frames_of(gpu, tmp_path / "flagship_agent.csv")
     assert frames["constant"] == [64, 128, 192, 256] and frames["branch"] == [192]
     assert frames["large"][0] == 320 and frames["falling"][0] == frames["large"][-1] + 64
-    metrics = gpu.read_rows(next(pathlib.Path("runs").glob("*__agent__*/metrics.csv")))
+    metrics = gpu.read_rows(next(pathlib.Path("runs").glob("*__flagship-agent__*/metrics.csv")))
     rates = {int(row["global_step"]): float(row["charts/learning_rate"] or 0) for row in metrics}
     assert all(rates[step] == 7e-4 for step in frames["constant"][:3] + frames["large"])
     assert [*rates.values()][-1] < rates[frames["falling"][0]] < 5e-4
@@ -309,7 +309,7 @@ def test_one_run_and_how_it_goes_on(
     settings = {"every": 128, "num_levels": 2, "valid": "levels.txt", "output": str(tmp_path)}
     flagship.main(flagship.Args("agent", None, f"{AGENT_FLAGS} --total-timesteps 192", **settings))
     assert frames_of(gpu, tmp_path / "flagship_agent.csv") == {"one run": [128]}
-    checkpoint = next(pathlib.Path("runs").glob("*__agent__*/checkpoint.pt"))
+    checkpoint = next(pathlib.Path("runs").glob("*__flagship-agent__*/checkpoint.pt"))
     monkeypatch.setattr(i2a, "save_checkpoint", save_checkpoint)  # as in a new process
     flagship.main(flagship.Args("agent", None, f"--resume {checkpoint} --total-timesteps 320", **settings))
     assert frames_of(gpu, tmp_path / "flagship_agent.csv") == {"one run": [128, 256]}
