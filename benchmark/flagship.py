@@ -48,6 +48,7 @@ class Args:
     name: tyro.conf.Positional[str]  # of the run
     seconds: float | None = None  # for everything; one run as long as it takes, if there are none
     flags: str = ""  # of i2a.py, behind those of the task
+    until: float = math.inf  # frames after which it stops, so that it can go on with other flags
     contest: bool = False  # only the first piece, until the time is up
     first: int = 4_000_000  # frames of the first piece
     branch: int = 1_000_000  # frames of the branch
@@ -84,7 +85,7 @@ class Trainer:
         if self.step >= self.next:
             self.next = self.after(self.step)
             self.measure(state)
-        if time.time() > self.deadline:
+        if time.time() > self.deadline or self.step >= self.args.until:
             raise TimeIsUp
 
     def after(self, step: int) -> int:
