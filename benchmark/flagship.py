@@ -4,7 +4,8 @@
     python benchmark/flagship.py gpu-model-free --seconds 470 --flags="--agent model-free"
 
 Runs i2a.py on the levels in the folder levels/ (benchmark/gpu.sh makes it). Without --seconds it is one run, to the
-frames that the flags say. With them it is a race against the clock, in pieces:
+frames that the flags say; --until stops it before, so that it can go on with other flags. With --seconds it is a
+race against the clock, in pieces:
 1. to 4 M frames at a constant rate;
 2. from there, as a branch, 1 M frames with a rate that falls to 0: what 5 M frames can do;
 3. from the end of the first piece at the constant rate, from 10 M frames on in minibatches of 1,024 rows, not 256;
@@ -12,7 +13,7 @@ frames that the flags say. With them it is a race against the clock, in pieces:
    from the branch.
 With --contest only the first, until the time is up. Each evaluation is a row of flagship_NAME.csv in `--output`, the
 agent is NAME.pt beside it (float16, under 5 MB), and checkpoints are in the folder of the run, flagship-NAME, under
-runs/. With `--resume` among the flags a run goes on, and so do its rows.
+runs/. With `--resume` among the flags a run goes on with its own, but for what stands beside it, and its rows go on.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import math
 import pathlib
 import shutil
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -46,7 +48,7 @@ ON_GPU = (
 @dataclass
 class Args:
     name: tyro.conf.Positional[str]  # of the run
-    seconds: float | None = None  # for everything; one run as long as it takes, if there are none
+    seconds: float | None = None  # time limit; without it one run, to the end
     flags: str = ""  # of i2a.py, behind those of the task
     until: float = math.inf  # frames after which it stops, so that it can go on with other flags
     contest: bool = False  # only the first piece, until the time is up
@@ -132,19 +134,22 @@ class Trainer:
 
 def falling(rate: float, step: int, total: int) -> str:
     """Flags for a rate that falls from `rate` at `step` to 0 at `total`."""
-    line = f"--anneal-lr --anneal-from {step / total:.6f} --learning-rate {rate}"
+    line = f"--anneal-lr --anneal-from {min(step / total, 0.999999):.6f} --learning-rate {rate}"
     return f"{line} --ent-coef 0.005 --total-timesteps {total}"
 
 
 def main(args: Args) -> None:
     sokoban_env.load_levels = functools.cache(sokoban_env.load_levels)  # each piece reads them again
+    if args.contest and args.seconds is None:
+        sys.exit("--contest needs --seconds")
     trainer = Trainer(args)
     task = f"{TASK} {ON_GPU if torch.cuda.is_available() else ON_CPU} --exp-name flagship-{args.name} {args.flags}"
     if "--resume" in args.flags:  # the checkpoint brings the others
         task = args.flags
     if args.seconds is None:
         trainer.run("one run", task, math.inf)
-        trainer.export()
+        if trainer.step:
+            trainer.export()
         return
     task += " --no-anneal-lr"
     end, last = trainer.start + args.seconds, trainer.start + 0.75 * args.seconds

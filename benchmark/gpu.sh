@@ -39,7 +39,8 @@ case "${1:-}" in
     ;;
   flagship)
     install
-    # What i2a.py's defaults were when gpu_flagship.csv was made: leave this out, and the agents learn faster
+    # What i2a.py's defaults were when gpu_flagship.csv was made: leave this out, and the agents learn faster. That file
+    # holds an earlier version's two tables, with its contests; its column `seconds` is the wall clock's
     before="--gamma 0.97 --gae-lambda 0.95 --vf-coef 0.5"
     python3 benchmark/flagship.py gpu-model-free --seconds 470 --flags="--agent model-free $before" "${@:2}" &
     model="--env-model-path $(ls runs/*__model-10x10__*/agent.pt)"

@@ -474,6 +474,8 @@ def test_the_presets():
     for preset in (args, small):  # A2C on the board as it lies
         assert (preset.update_epochs, preset.num_minibatches, preset.norm_adv, preset.symmetry) == (1, 1, False, False)
         assert preset.view == "board" and preset.gae_lambda == 1
+        assert (preset.gamma, preset.vf_coef) == (0.97, 0.5)
+    assert i2a.parse_args(["--preset", "paper-small"]).gae_lambda == 0.95
     assert i2a.parse_args([]) == Args() and Args().view == "player" and Args().symmetry
     networks = i2a.make_networks(args, CPU)
     frames = convert_observation(boards(2, size=10, num_boxes=4), "cells", "rgb")[:, None]
