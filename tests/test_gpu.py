@@ -306,11 +306,11 @@ def test_one_run_and_how_it_goes_on(
     gpu: types.ModuleType, flagship: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_checkpoint = i2a.save_checkpoint
-    settings = {"every": 128, "num_levels": 2, "valid": "levels.txt", "output": str(tmp_path)}
-    flagship.main(flagship.Args("agent", None, f"{AGENT_FLAGS} --total-timesteps 320", until=192, **settings))
-    assert frames_of(gpu, tmp_path / "flagship_agent.csv") == {"one run": [128]}
+    settings = {"every": 192, "num_levels": 2, "valid": "levels.txt", "output": str(tmp_path)}
+    flagship.main(flagship.Args("agent", None, f"{AGENT_FLAGS} --total-timesteps 384", until=192, **settings))
+    assert frames_of(gpu, tmp_path / "flagship_agent.csv") == {"one run": [192]}
     checkpoint = next(pathlib.Path("runs").glob("*__flagship-agent__*/checkpoint.pt"))
     monkeypatch.setattr(i2a, "save_checkpoint", save_checkpoint)  # as in a new process
     flagship.main(flagship.Args("agent", None, f"--resume {checkpoint} --gamma 0.9", **settings))
-    assert frames_of(gpu, tmp_path / "flagship_agent.csv") == {"one run": [128, 256]}
-    assert i2a.load_checkpoint(str(tmp_path / "agent.pt"), "cpu")["global_step"] == 320
+    assert frames_of(gpu, tmp_path / "flagship_agent.csv") == {"one run": [192, 384]}
+    assert i2a.load_checkpoint(str(tmp_path / "agent.pt"), "cpu")["global_step"] == 384
