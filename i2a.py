@@ -2,8 +2,8 @@
 
 A learned model of the environment imagines one rollout for each action; an encoder reads the rollouts, and an
 actor-critic sees their embeddings beside the real observation. It learns what to make of an imperfect model. Ours:
-networks see the board from the player's place, and PPO takes several epochs over one rollout. `--preset paper` has
-neither. Other differences from the paper are in docs/i2a.md.
+networks see the board from the player's place and know the square's symmetries, and PPO takes several epochs over one
+rollout. `--preset paper` has none of it. Other differences from the paper are in docs/i2a.md.
 
     python i2a.py                               # from nothing to a trained agent, 7x7 rooms with two boxes
     python i2a.py --agent model-free            # the baseline; --env-model copy | poor | perfect: the other ones
@@ -13,10 +13,9 @@ neither. Other differences from the paper are in docs/i2a.md.
 Shapes: `T` steps of a rollout, `B` environments, `M` rows of a minibatch or of the model's data, `A` actions, `D`
 imagination depth, `R = B * A` imagined rollouts, of which row b * A + a starts with action a in environment b, `F`
 stacked frames, `H, W` pixels of a frame (cells of the board, for `cells`), `C` classes of a pixel, `P` input planes,
-`L` levels.
+`L` levels, `K` features, each under the square's 8 symmetries.
 """
 
-import collections
 import contextlib
 import csv
 import ctypes
@@ -74,7 +73,7 @@ class Args:
     frame_stack: int = 1  # frames of an observation
     view: Literal["player", "board"] = "player"  # player: networks see the board with the player in its middle
     levels: str | None = None  # train on this Boxoban file or folder instead of generated levels
-    total_timesteps: int = 600_000  # environment frames, those of the model's pretraining included
+    total_timesteps: int = 400_000  # environment frames, those of the model's pretraining included
     num_envs: int = 64  # parallel environments of each process
     num_steps: int = 32  # steps of a rollout before each update
     optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSProp is the paper's
@@ -84,7 +83,7 @@ class Args:
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.8  # 1: the n-step returns of the paper
     num_minibatches: int = 8  # minibatches of an epoch
-    update_epochs: int = 4  # epochs; A2C: 1, with 1 minibatch, --no-norm-adv and --no-symmetry
+    update_epochs: int = 4  # epochs; A2C: 1, with 1 minibatch and --no-norm-adv
     norm_adv: bool = True  # normalise the advantages of a minibatch
     clip_coef: float = 0.2  # PPO's clipping
     ent_coef: float = 0.01  # entropy bonus
@@ -92,7 +91,7 @@ class Args:
     distill_coef: float = 1.0  # weight of the distillation loss
     max_grad_norm: float = 1.0  # gradient clipping, of the agent and of the rollout policy apart
     reward_scale: float = 0.1  # the agent's losses see rewards times this
-    symmetry: bool = True  # each minibatch under one of the square's eight symmetries (cells only)
+    symmetry: bool = True  # networks that know the square's eight symmetries (player's view only)
 
     imagination_depth: int = 3  # steps D of each imagined rollout
     env_model: Literal["learned", "poor", "perfect", "copy"] = "learned"  # copy: an identity; perfect: the simulator
@@ -306,6 +305,99 @@ def generalized_advantages(
     return result
 
 
+# ------------------------------------------------------------------------------------------ the square's symmetries
+
+# The actions after a quarter turn counter-clockwise (up becomes left, down right, left down, right up), and mirrored
+TURNED, MIRRORED = (0, 3, 4, 2, 1), (0, 1, 2, 4, 3)
+
+
+@functools.cache
+def turned_actions(which: int, device: torch.device) -> Tensor:
+    """What each action (A,) becomes under one of the square's symmetries, `which` 0 to 7."""
+    actions = list(range(A))
+    for _ in range(which % 4):
+        actions = [TURNED[a] for a in actions]
+    if which >= 4:
+        actions = [MIRRORED[a] for a in actions]
+    return torch.tensor(actions, device=device)
+
+
+def turn_boards(cells: Tensor, which: int) -> Tensor:
+    """Boards (..., H, W) under one of the square's symmetries: `which` % 4 quarter turns, and from 4 on mirrored."""
+    cells = torch.rot90(cells, which % 4, (-2, -1))
+    return cells.flip(-1) if which >= 4 else cells
+
+
+def symmetry_table() -> Tensor:
+    """The symmetry g⁻¹h of each pair g, h: (8, 8)."""
+    turned = torch.stack([turn_boards(torch.arange(9).view(3, 3), which) for which in range(8)])  # (8, 3, 3)
+    twice = torch.stack([turn_boards(turned, g) for g in range(8)])  # (8, 8, 3, 3): first the second axis, then g
+    return (twice[:, :, None] == turned).all((3, 4)).int().argmax(1)  # what g makes of it is h
+
+
+class GroupLayer(nn.Module):
+    """A convolution that knows the square's symmetries; of flat inputs, a dense layer (Cohen and Welling 2016).
+
+    Channels 8 * k to 8 * k + 7 of its output are feature k under each symmetry g: the same weights ψ_k, turned by g. So
+    to turn the input is to turn the output and to permute each eight. Inputs are of this kind too, or are `planes`,
+    which turn as the board does.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, padding: int = 0, planes: bool = False,
+        std: float = 2**0.5,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        cells = torch.arange(kernel**2).view(kernel, kernel)
+        turned = torch.stack([turn_boards(cells, g) for g in range(8)])  # (8, n, n)
+        eight = torch.zeros(8, 1, dtype=torch.long) if planes else symmetry_table()  # (8, 8) or (8, 1)
+        index = kernel**2 * eight[:, :, None, None] + turned[:, None]  # (8, 8, n, n)
+        self.register_buffer("index", index.flatten(), persistent=False)
+        features = inputs if planes else inputs // 8
+        self.weight = nn.Parameter(torch.empty(outputs // 8, features, index[0].numel()))  # ψ
+        self.bias = nn.Parameter(torch.empty(outputs // 8))
+        layer_init(self, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, 8 * K, H', W'), or x (B, C * n * n) -> (B, 8 * K)."""
+        # (f ⋆ ψ)(g) = Σ_h f(h) ψ(g⁻¹h), where h runs over symmetries and places (their equation 11)
+        psi = self.weight.index_select(2, self.index).unflatten(2, (8, -1))  # (K, C / 8, 8, 8 * n * n)
+        psi, bias = psi.transpose(1, 2).flatten(0, 1).flatten(1), self.bias.repeat_interleave(8)
+        if x.ndim == 2:
+            return F.linear(x, psi, bias)
+        return F.conv2d(x, psi.view(len(psi), -1, self.kernel, self.kernel), bias, self.stride, self.padding)
+
+
+class GroupLSTMCell(nn.Module):
+    """nn.LSTMCell with GroupLayers."""
+
+    def __init__(self, inputs: int, units: int) -> None:
+        super().__init__()
+        self.hidden_size = units
+        self.input, self.hidden = GroupLayer(inputs, 4 * units, std=0.5), GroupLayer(units, 4 * units, std=0.5)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = state
+        i, f, g, o = (self.input(x) + self.hidden(h)).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class Actor(nn.Module):
+    """Features (B, 8 * K) to logits (B, A): how good are no action, and up, with each of the eight boards?"""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.layer = GroupLayer(units, 16, std=0.01)
+        up = torch.stack([turned_actions(g, torch.device("cpu"))[1] for g in range(8)])  # what up becomes
+        self.register_buffer("becomes", F.one_hot(up, A)[:, 1:] / 2, persistent=False)  # (8, A - 1), two of each
+
+    def forward(self, x: Tensor) -> Tensor:
+        stay, up = self.layer(x).chunk(2, 1)  # (B, 8)
+        return torch.cat([stay.mean(1, keepdim=True), up @ self.becomes], 1)
+
+
 # --------------------------------------------------------------------------------------------------------- networks
 
 
@@ -320,37 +412,41 @@ def to_planes(frames: Tensor, kind: str, view: str) -> Tensor:
 
 class FrameNet(nn.Module):
     """Frames to a feature vector: the paper's convolutions and strides for `rgb`, 3x3 ones (ours) for `cells`; a dense
-    layer."""
+    layer. With --symmetry they are GroupLayers."""
 
     def __init__(self, args: Args, planes: int, channels: tuple[int, ...], units: int, first_stride: int = 1) -> None:
         super().__init__()
         self.kind, self.view = args.observation, args.view
-        layers: list[nn.Module] = []
-        for i, width in enumerate(channels):
-            if self.kind == "rgb":
-                kernel, stride = RGB_LAYERS[i]
-                conv = nn.Conv2d(planes, width, kernel, stride)
-            else:
-                stride, padding = (first_stride, 1) if i == 0 else (1, int(args.cnn_padding))
-                conv = nn.Conv2d(planes, width, 3, stride, padding)
-            layers += [layer_init(conv), nn.ReLU()]
-            planes = width
-        self.convs = nn.Sequential(*layers, nn.Flatten())
         pixels = 8 * args.size if self.kind == "rgb" else args.size
         if self.view == "player":
             pixels = (pixels - 1) // 2 * 2 + 1
+        frame, layers = torch.zeros(1, planes, pixels, pixels), []
+        for i, width in enumerate(channels):
+            if self.kind == "rgb":
+                kernel, stride, padding = *RGB_LAYERS[i], 0
+            else:
+                kernel, stride, padding = 3, (first_stride if i == 0 else 1), int(i == 0 or args.cnn_padding)
+            if args.symmetry:
+                layers += [GroupLayer(planes, width, kernel, stride, padding, planes=i == 0), nn.ReLU()]
+            else:
+                layers += [layer_init(nn.Conv2d(planes, width, kernel, stride, padding)), nn.ReLU()]
+            planes = width
+        self.convs = nn.Sequential(*layers)
         try:
-            features = self.convs(torch.zeros(1, layers[0].in_channels, pixels, pixels)).shape[1]
+            side = self.convs(frame).shape[-1]
         except RuntimeError:
             sys.exit(f"--no-cnn-padding leaves nothing of a {pixels}x{pixels} view after {len(channels)} convolutions")
-        self.dense = layer_init(nn.Linear(features, units))
+        if args.symmetry:
+            self.dense = GroupLayer(planes, units, side)
+        else:
+            self.dense = layer_init(nn.Linear(planes * side**2, units))
 
     def forward(self, frames: Tensor, rewards: Tensor | None = None) -> Tensor:
         """frames (B, F, H, W[, 3]), rewards (B,), which become a plane, if any -> features (B, units)."""
         x = to_planes(frames, self.kind, self.view)
         if rewards is not None:
             x = torch.cat([x, rewards[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
-        return F.relu(self.dense(self.convs(x)))
+        return F.relu(self.dense(self.convs(x).flatten(1)))
 
 
 class EnvModel(nn.Module):
@@ -443,7 +539,7 @@ class RolloutPolicy(nn.Module):
         super().__init__()
         channels = (16,) if args.observation == "cells" else (16, 16)
         self.features = FrameNet(args, NUM_PLANES[args.observation] * args.frame_stack, channels, 32, first_stride=2)
-        self.actor = layer_init(nn.Linear(32, A), 0.01)
+        self.actor = Actor(32) if args.symmetry else layer_init(nn.Linear(32, A), 0.01)
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames (B, F, H, W[, 3]) -> logits (B, A)."""
@@ -465,11 +561,11 @@ class RolloutEncoder(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        self.reads_rewards = args.reward_prediction
+        self.reads_rewards, self.symmetry = args.reward_prediction, args.symmetry
         units = args.lstm if args.observation == "rgb" else args.lstm // 2
         planes = NUM_PLANES[args.observation] + 1  # and the reward
         self.features = FrameNet(args, planes, args.encoder_channels, units, first_stride=2)
-        self.lstm = nn.LSTMCell(units, args.lstm)
+        self.lstm = (GroupLSTMCell if args.symmetry else nn.LSTMCell)(units, args.lstm)
 
     def forward(self, frames: Tensor, rewards: Tensor, alive: Tensor) -> Tensor:
         """frames (B, A, D, H, W[, 3]), rewards and alive (B, A, D) -> embeddings e_1 ... e_A (B, A * LSTM)."""
@@ -482,7 +578,13 @@ class RolloutEncoder(nn.Module):
         for d in reversed(range(depth)):  # t+τ first
             h, c = self.lstm(x[:, d], (h, c))
             h, c = h * alive[:, d, None], c * alive[:, d, None]  # nothing is read past the imagined end
-        return h.reshape(len(frames), -1)
+        embeddings = h.unflatten(0, (-1, A))  # (B, A, LSTM)
+        if not self.symmetry:
+            return embeddings.flatten(1)
+        # For each symmetry g the embeddings as g sees them, in the order of its actions: that of up is where g turns up
+        seen = embeddings.unflatten(2, (-1, 8))  # (B, A, K, 8)
+        seen = [seen[:, turned_actions(g, h.device), :, g] for g in range(8)]  # (B, A, K) each
+        return torch.stack(seen, 3).flatten(1)
 
 
 class I2AAgent(nn.Module):
@@ -490,13 +592,13 @@ class I2AAgent(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        self.bf16 = args.bf16
+        self.bf16, self.symmetry = args.bf16, args.symmetry
         planes = NUM_PLANES[args.observation] * args.frame_stack
         self.features = FrameNet(args, planes, args.cnn_channels, args.dense)
         self.encoder = RolloutEncoder(args) if args.agent == "i2a" else None
         joint = args.dense + (A * args.lstm if self.encoder else 0)
-        self.actor = layer_init(nn.Linear(joint, A), 0.01)
-        self.critic = layer_init(nn.Linear(joint, 1), 1.0)
+        self.actor = Actor(joint) if args.symmetry else layer_init(nn.Linear(joint, A), 0.01)
+        self.critic = layer_init(nn.Linear(joint // 8 if args.symmetry else joint, 1), 1.0)
 
     def forward(self, frames: Tensor, imagined: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """frames (B, F, H, W[, 3]), imagined: of `imagine` -> logits (B, A), value (B,), float32."""
@@ -505,7 +607,10 @@ class I2AAgent(nn.Module):
             if self.encoder is not None:  # the aggregator concatenates
                 x = torch.cat([x, self.encoder(*imagined)], 1)  # (B, dense + A * LSTM)
         x = x.float()
-        return self.actor(x), self.critic(x).squeeze(-1)
+        logits = self.actor(x)
+        if self.symmetry:  # a value that is the same under each
+            x = x.unflatten(1, (-1, 8)).sum(2) / 8**0.5
+        return logits, self.critic(x).squeeze(-1)
 
 
 class PretrainedPolicy(I2AAgent):
@@ -618,36 +723,6 @@ def ppo_losses(
     return policy_loss, value_loss, entropy, (ratio != clipped).float().mean()
 
 
-# The actions after a quarter turn counter-clockwise (up becomes left, down right, left down, right up), and mirrored
-TURNED, MIRRORED = (0, 3, 4, 2, 1), (0, 1, 2, 4, 3)
-
-
-@functools.cache
-def turned_actions(which: int, device: torch.device) -> Tensor:
-    """What each action (A,) becomes under one of the square's symmetries, `which` 0 to 7."""
-    actions = list(range(A))
-    for _ in range(which % 4):
-        actions = [TURNED[a] for a in actions]
-    if which >= 4:
-        actions = [MIRRORED[a] for a in actions]
-    return torch.tensor(actions, device=device)
-
-
-def turn_boards(cells: Tensor, which: int) -> Tensor:
-    """Boards (..., H, W) under one of the square's symmetries: `which` % 4 quarter turns, and from 4 on mirrored."""
-    cells = torch.rot90(cells, which % 4, (-2, -1))
-    return cells.flip(-1) if which >= 4 else cells
-
-
-def turn_rollouts(imagined: Sequence[Tensor], which: int) -> Sequence[Tensor]:
-    """Imagined rollouts of turned boards: each frame turned, and in the place of the action that its first became."""
-    if not imagined:
-        return ()
-    frames, rewards, alive = imagined
-    order = turned_actions(which, frames.device).argsort()  # place a gets the rollout of the action that became a
-    return turn_boards(frames[:, order], which), rewards[:, order], alive[:, order]
-
-
 @torch.no_grad()
 def rollout(
     args: Args, networks: nn.ModuleDict, envs: SokobanVectorEnv, frames: Tensor, rng: torch.Generator
@@ -707,15 +782,12 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 LOSSES = ("policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm")
 
 
-def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, rows: list, which: int) -> Tensor:
-    """One step of the agent and of π̂ on M rows, seen under symmetry `which`; returns LOSSES (6,).
+def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, rows: list) -> Tensor:
+    """One step of the agent and of π̂ on M rows; returns LOSSES (6,).
 
     `rows`: frames (M, F, H, W[, 3]), actions, log π_old(a|s), advantages, returns (M,), and what was imagined.
     """
     frames, actions, old_log_probs, advantages, returns, *imagined = rows
-    if which > 0:  # log π_old stays that of the board as it lay: a biased ratio, which the clipping bounds (ours)
-        frames, imagined = turn_boards(frames, which), turn_rollouts(imagined, which)
-        actions = turned_actions(which, frames.device)[actions]
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, values = networks["agent"](frames, imagined)  # (M, A), (M,)
@@ -744,26 +816,23 @@ class Captured:
     """
 
     def __init__(self, function: Callable, rng: torch.Generator) -> None:
-        self.function, self.rng, self.graphs, self.calls = function, rng, {}, collections.Counter()
-        self.pool = torch.cuda.graph_pool_handle()  # the graphs share their memory: no two run at once
+        self.function, self.rng, self.graph, self.calls = function, rng, None, 0
 
-    def __call__(self, tensors: Tensor | list[Tensor], *which: int) -> Any:
-        """There is a graph for each `which`."""
-        self.calls[which] += 1
-        if self.calls[which] <= 2:  # warm-up: makes the tables and the optimiser's state, and chooses kernels
-            return self.function(tensors, *which)
-        if which not in self.graphs:
-            inputs = tensors.clone() if isinstance(tensors, Tensor) else [x.clone() for x in tensors]
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.rng)
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                outputs = self.function(inputs, *which)
-            self.graphs[which] = graph, inputs, outputs
-        graph, inputs, outputs = self.graphs[which]
-        for old, new in [(inputs, tensors)] if isinstance(tensors, Tensor) else zip(inputs, tensors, strict=True):
+    def __call__(self, tensors: Tensor | list[Tensor]) -> Any:
+        self.calls += 1
+        if self.calls <= 2:  # warm-up: makes the tables and the optimiser's state, and chooses kernels
+            return self.function(tensors)
+        if self.graph is None:
+            self.inputs = tensors.clone() if isinstance(tensors, Tensor) else [x.clone() for x in tensors]
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.rng)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.outputs = self.function(self.inputs)
+        one = isinstance(tensors, Tensor)
+        for old, new in [(self.inputs, tensors)] if one else zip(self.inputs, tensors, strict=True):
             old.copy_(new)
-        graph.replay()
-        return outputs
+        self.graph.replay()
+        return self.outputs
 
 
 # ------------------------------------------------------------------------------------ the environment model's training
@@ -947,8 +1016,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.num_steps > args.max_episode_steps:
         sys.exit("--num-steps must be at most --max-episode-steps")  # a rollout then holds one truncation at most
     deepest = max(len(args.cnn_channels), len(args.encoder_channels))
-    if args.observation == "rgb" and (args.view == "player" or args.symmetry or deepest > 3):
+    if args.observation == "rgb" and (args.view == "player" or deepest > 3):
         sys.exit("--observation rgb needs --view board, --no-symmetry and at most three convolutions")
+    if args.symmetry and args.view == "board":
+        sys.exit("--view board needs --no-symmetry: only in the player's view do networks know how the board lies")
+    if args.symmetry and any(x % 8 for x in (*args.cnn_channels, *args.encoder_channels, args.dense, args.lstm // 2)):
+        sys.exit("--symmetry needs --cnn-channels, --encoder-channels and --dense in eights, and --lstm in sixteens")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
         sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
     if args.cuda_graph and args.num_envs * args.num_steps % args.num_minibatches:
@@ -1066,11 +1139,9 @@ def main(args: Args) -> None:
         episodes += ended
 
         # 2. Update the agent and π̂, in minibatches of M of the T * B rows
-        symmetries = np.random.default_rng([args.seed, global_step])  # nothing to save, and no wait for a GPU
         for _ in range(args.update_epochs):
             for index in torch.randperm(T * B, generator=rng, device=device).tensor_split(args.num_minibatches):
-                which = int(symmetries.integers(8)) if args.symmetry else 0
-                losses += learn([x[index] for x in batch], which)
+                losses += learn([x[index] for x in batch])
 
         # 3. With --finetune-model, the model learns from the same transitions, by its own loss only
         if args.finetune_model:

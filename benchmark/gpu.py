@@ -119,7 +119,7 @@ def check_networks(device: torch.device, tiny: bool) -> Check:
     losses = []
     for networks, d in ((there, device), (here, CPU)):
         groups = [{"params": list(networks[name].parameters())} for name in ("agent", "rollout_policy")]
-        losses.append(i2a.update(args, networks, torch.optim.SGD(groups, 1e-3), [x.to(d) for x in rows], 3))
+        losses.append(i2a.update(args, networks, torch.optim.SGD(groups, 1e-3), [x.to(d) for x in rows]))
     yield "losses", relative(*losses), 1e-4
     for name in ("agent", "rollout_policy"):
         ours, reference = (torch.cat([p.grad.flatten() for p in n[name].parameters()]) for n in (there, here))
@@ -280,8 +280,8 @@ def i2a_frames(
             envs.refill()
         for _ in range(args.update_epochs):
             parts = torch.randperm(size, generator=rng, device=device).tensor_split(args.num_minibatches)
-            for which, index in enumerate(parts):
-                learn([x[index] for x in batch], which % 8 if args.symmetry else 0)
+            for index in parts:
+                learn([x[index] for x in batch])
 
     counter = FlopCounterMode(display=False)
     if peak:

@@ -17,7 +17,7 @@ from sokoban_env import SokobanVectorEnv, convert_observation, generate_levels, 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SMALL = Args(
-    size=6, num_boxes=1, cnn_channels=(8,), encoder_channels=(8,), dense=16, lstm=8, model_width=4, imagination_depth=2
+    size=6, num_boxes=1, cnn_channels=(8,), encoder_channels=(8,), dense=16, lstm=16, model_width=4, imagination_depth=2
 )
 
 
@@ -57,7 +57,7 @@ def test_which_networks_see_from_the_players_place():
     moved = [torch.zeros(8, 9, 9, dtype=torch.uint8) for _ in range(2)]
     moved[0][:, :6, :6], moved[1][:, 2:8, 3:9] = room, room
     for view in ("player", "board"):
-        networks = i2a.make_networks(replace(SMALL, size=9, view=view), CPU)
+        networks = i2a.make_networks(replace(SMALL, size=9, view=view, symmetry=view == "player"), CPU)
         encoder, ones = networks["agent"].encoder, torch.ones(8, A, 1)
         rollouts = [frames[:, None, None].expand(-1, A, -1, -1, -1) for frames in moved]
         pairs = [tuple(encoder(frames, ones, ones) for frames in rollouts)]
@@ -67,11 +67,13 @@ def test_which_networks_see_from_the_players_place():
 
 
 def test_without_padding_the_view_shrinks_to_the_players_place():
-    args = replace(SMALL, size=9, cnn_channels=(4, 6, 8), cnn_padding=False)
-    features = i2a.make_networks(args, CPU)["agent"].features  # 9x9, padded to 9x9, 7x7, 5x5
-    assert features.dense.in_features == 8 * 5 * 5
+    args = replace(SMALL, size=9, cnn_channels=(8, 16, 24), cnn_padding=False)
+    for symmetry in (True, False):
+        features = i2a.make_networks(replace(args, symmetry=symmetry), CPU)["agent"].features
+        assert features.convs(torch.zeros(1, 4, 9, 9)).shape == (1, 24, 5, 5)  # 9x9, padded to 9x9, 7x7, 5x5
+        assert features(boards(2, size=9)[:, None]).shape == (2, 16)
     with pytest.raises(SystemExit, match="--no-cnn-padding leaves nothing of a 5x5 view after 4 convolutions"):
-        i2a.make_networks(replace(args, size=6, cnn_channels=(4,) * 4), CPU)
+        i2a.make_networks(replace(args, size=6, cnn_channels=(8,) * 4), CPU)
 
 
 @pytest.mark.parametrize("which", range(8))
@@ -94,7 +96,7 @@ def test_the_eight_symmetries_differ():
 
 @pytest.mark.parametrize("which", range(8))
 def test_rollouts_of_a_turned_board_are_the_turned_rollouts(which: int, monkeypatch: pytest.MonkeyPatch):
-    """Under the perfect model, if π̂ does on the turned boards the turned actions."""
+    """Under the perfect model, if π̂ does on the turned boards the turned actions; permuted, as their first actions."""
     frames = generate_levels(20, size=6, num_boxes=2, seed=1, max_pulls=2)[0][:, None]
     actions = torch.randint(A, (3, 20, A))  # of steps 2 to 4 of rollout b * A + a
     table = i2a.turned_actions(which, CPU)
@@ -108,9 +110,104 @@ def test_rollouts_of_a_turned_board_are_the_turned_rollouts(which: int, monkeypa
         return i2a.imagine(networks, frames, 4, seeded())
 
     straight, turned = play(frames, actions), play(i2a.turn_boards(frames, which), turned_actions)
-    assert_same([*i2a.turn_rollouts(straight, which)], [*turned])
+    expected, *outcome = (torch.empty_like(x).index_copy_(1, table, x) for x in straight)
+    assert_same([i2a.turn_boards(expected, which), *outcome], [*turned])
     assert (straight[2] == 0).any() and (straight[1] > 0).any()
-    assert i2a.turn_rollouts((), which) == ()
+
+
+# ------------------------------------------------------------------------------------ networks that know the symmetries
+
+
+def turn_features(x: torch.Tensor, which: int) -> torch.Tensor:
+    """Features (B, 8 * K, ...) of the turned board: each is found where the turned symmetry is, maps are turned."""
+    moved = torch.empty_like(x.unflatten(1, (-1, 8)))
+    for h in range(8):
+        board = torch.arange(9).view(3, 3)
+        both = i2a.turn_boards(i2a.turn_boards(board, h), which)  # first h, then the turn
+        to = next(g for g in range(8) if torch.equal(i2a.turn_boards(board, g), both))
+        part = x.unflatten(1, (-1, 8))[:, :, h]
+        moved[:, :, to] = i2a.turn_boards(part, which) if x.ndim == 4 else part
+    return moved.flatten(1, 2)
+
+
+def test_the_table_of_symmetries_is_a_groups():
+    table, board = i2a.symmetry_table(), torch.rand(5, 5)
+    for g, h in itertools.product(range(8), range(8)):  # g after g⁻¹h is h
+        assert torch.equal(i2a.turn_boards(i2a.turn_boards(board, int(table[g, h])), g), i2a.turn_boards(board, h))
+    assert table[0].tolist() == [*range(8)] and table.diagonal().tolist() == [0] * 8
+
+
+def test_a_group_layer_is_a_convolution_with_turned_weights():
+    layer, x = i2a.GroupLayer(3, 16, 3, stride=2, padding=1, planes=True), torch.randn(2, 3, 7, 7)
+    layer.bias.data = torch.randn(2)
+    y = layer(x)
+    assert y.shape == (2, 16, 4, 4)
+    for k, g in itertools.product(range(2), range(8)):
+        weight = i2a.turn_boards(layer.weight[k].view(3, 3, 3), g)
+        expected = F.conv2d(x, weight[None], layer.bias[k, None], 2, 1)[:, 0]
+        torch.testing.assert_close(y[:, 8 * k + g], expected, atol=1e-5, rtol=1e-5)
+    assert layer.weight.flatten(1).norm(dim=1).tolist() == pytest.approx([2**0.5] * 2)  # orthogonal weights
+    one = i2a.GroupLayer(16, 8, 3)(y[:, :, :3, :3])  # of a map of its own size: a dense layer of its flat values
+    flat = i2a.GroupLayer(16, 8, 3)
+    assert one.shape == (2, 8, 1, 1) and flat(y[:, :, :3, :3].flatten(1)).shape == (2, 8)
+    torch.testing.assert_close(flat(y[:, :, :3, :3])[..., 0, 0], flat(y[:, :, :3, :3].flatten(1)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", range(1, 8))
+def test_layers_turn_with_their_inputs(which: int):
+    planes, rtol = torch.randn(2, 3, 7, 7), {"atol": 1e-5, "rtol": 1e-5}
+    first, second = i2a.GroupLayer(3, 16, 3, stride=2, padding=1, planes=True), i2a.GroupLayer(16, 24, 3)
+    dense, cell = i2a.GroupLayer(24, 32, 2), i2a.GroupLSTMCell(32, 16)
+
+    def run(planes: torch.Tensor, turn) -> list[torch.Tensor]:
+        maps = first(planes)
+        more = second(maps)
+        features = dense(more.relu().flatten(1))
+        h, c = cell(features, (turn(state[0]), turn(state[1])))
+        return [maps, more, features, h, c]
+
+    state = torch.randn(2, 2, 16)
+    straight = run(planes, lambda x: x)
+    turned = run(i2a.turn_boards(planes, which), lambda x: turn_features(x, which))
+    for one, other in zip(straight, turned, strict=True):
+        torch.testing.assert_close(turn_features(one, which), other, **rtol)
+        assert not torch.allclose(one, other, atol=0.01)
+
+
+def test_the_group_lstm_is_an_lstm():
+    """With the weights that it spreads, torch's own cell does the same."""
+    cell, x, h, c = i2a.GroupLSTMCell(16, 8), torch.randn(3, 16), torch.randn(3, 8), torch.randn(3, 8)
+    torchs = torch.nn.LSTMCell(16, 8)
+    with torch.no_grad():
+        for name, layer, inputs in (("ih", cell.input, 16), ("hh", cell.hidden, 8)):
+            layer.bias.normal_()
+            getattr(torchs, f"bias_{name}").copy_(layer(torch.zeros(inputs)[None])[0])
+            getattr(torchs, f"weight_{name}").copy_((layer(torch.eye(inputs)) - layer(torch.zeros(1, inputs))).T)
+    for one, other in zip(cell(x, (h, c)), torchs(x, (h, c)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", range(1, 8))
+@pytest.mark.parametrize("changes", [{"agent": "model-free"}, {"env_model": "perfect"}], ids=["model-free", "i2a"])
+def test_a_turned_board_has_the_turned_policy_and_the_same_value(changes: dict, which: int):
+    """Of the whole agent, imagination included, and of π̂; without --symmetry it is not so."""
+    frames = boards(20)[:, None]
+    for symmetry in (True, False):
+        args = replace(SMALL, greedy_rollouts=True, symmetry=symmetry, cnn_channels=(8, 16), **changes)
+        networks = i2a.make_networks(args, CPU)
+        for name, p in networks.named_parameters():
+            p.data *= 100 if "actor" in name else 1
+
+        def play(frames: torch.Tensor, networks=networks, args=args) -> list[torch.Tensor]:
+            logits, value = networks["agent"](frames, i2a.imagine(networks, frames, 2, seeded(), True))
+            pi_hat = networks["rollout_policy"](frames) if args.agent == "i2a" else logits
+            return [logits, pi_hat, value]
+
+        straight, turned = play(frames), play(i2a.turn_boards(frames, which))
+        table = i2a.turned_actions(which, CPU)
+        straight[:2] = (x[:, table.argsort()] for x in straight[:2])
+        same = [torch.allclose(one, other, atol=1e-5) for one, other in zip(straight, turned, strict=True)]
+        assert same == [symmetry] * 3 and straight[0].std() > 0.01
 
 
 # --------------------------------------------------------------------------------------------------- environment model
@@ -348,12 +445,12 @@ def test_without_reward_prediction_the_encoder_sees_no_rewards_nor_ends(shown: b
 
 
 def test_the_rollout_encoder_is_an_lstm_over_the_reversed_rollout():
-    encoder = i2a.RolloutEncoder(SMALL)
+    encoder = i2a.RolloutEncoder(replace(SMALL, symmetry=False))
     frames, rewards = boards(2 * A * 3).reshape(2, A, 3, 6, 6), torch.randn(2, A, 3, requires_grad=True)
     features = [encoder.features(frames[:, :, d].reshape(-1, 1, 6, 6), rewards[:, :, d].flatten()) for d in range(3)]
-    lstm = torch.nn.LSTM(4, 8)  # torch's own LSTM with the cell's weights, fed backwards
+    lstm = torch.nn.LSTM(8, 16)  # torch's own LSTM with the cell's weights, fed backwards
     lstm.load_state_dict({f"{name}_l0": value for name, value in encoder.lstm.state_dict().items()})
-    expected = lstm(torch.stack(features).flip(0))[0][-1].reshape(2, A * 8)
+    expected = lstm(torch.stack(features).flip(0))[0][-1].reshape(2, A * 16)
     embedding = encoder(frames, rewards, torch.ones(2, A, 3))
     assert torch.allclose(embedding, expected, atol=1e-6)
     reversed_rollout = encoder(frames.flip(2), rewards.flip(2), torch.ones(2, A, 3))
@@ -418,37 +515,34 @@ def some_rows(networks: torch.nn.ModuleDict, num: int = 16) -> list[torch.Tensor
     return [frames, actions, i2a.log_probabilities(logits, actions).detach(), *torch.randn(2, num), *imagined]
 
 
-def step_of(args: Args, rows: list[torch.Tensor], which: int = 0) -> tuple[dict, torch.Tensor]:
+def step_of(args: Args, rows: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
     """The gradient by which `update` moves each weight (by plain gradient descent of rate 1), and what it returns."""
     torch.manual_seed(3)
     networks = i2a.make_networks(args, CPU)
     before = {name: p.detach().clone() for name, p in networks.named_parameters()}
     groups = [{"params": list(networks[name].parameters())} for name in ("agent", "rollout_policy")]
-    losses = i2a.update(args, networks, torch.optim.SGD(groups, 1.0), rows, which)
+    losses = i2a.update(args, networks, torch.optim.SGD(groups, 1.0), rows)
     return {name: before[name] - p.detach() for name, p in networks.named_parameters()}, losses
 
 
-FREE = replace(SMALL, norm_adv=False, symmetry=False, max_grad_norm=1e9)  # nothing but the losses
+FREE = replace(SMALL, norm_adv=False, max_grad_norm=1e9)  # nothing but the losses
 
 
 @pytest.mark.parametrize(
-    ("which", "norm_adv", "distill_coef", "max_grad_norm"),
-    [(0, True, 0.6, 1e9), (6, False, 100.0, 0.01), (1, False, 0.0, 1e9)],
+    ("norm_adv", "distill_coef", "max_grad_norm"), [(True, 0.6, 1e9), (False, 100.0, 0.01), (False, 0.0, 1e9)]
 )
-def test_an_update_follows_the_gradient_of_the_losses(which, norm_adv, distill_coef, max_grad_norm):
-    """On the turned rows; the agent's gradient and the rollout policy's are clipped apart, the model has none."""
+def test_an_update_follows_the_gradient_of_the_losses(norm_adv, distill_coef, max_grad_norm):
+    """The agent's gradient and the rollout policy's are clipped apart, the model has none."""
     flags = {"norm_adv": norm_adv, "distill_coef": distill_coef, "max_grad_norm": max_grad_norm}
     args = replace(SMALL, vf_coef=0.3, ent_coef=0.02, clip_coef=0.17, **flags)
     rows = some_rows(i2a.make_networks(args, CPU))
     rows[2] += torch.randn(16) / 2  # the ratios are not 1
-    moved, losses = step_of(args, rows, which)
+    moved, losses = step_of(args, rows)
     torch.manual_seed(3)
     networks, (frames, actions, old, advantages, returns, *imagined) = i2a.make_networks(args, CPU), rows
-    frames, imagined = i2a.turn_boards(frames, which), i2a.turn_rollouts(imagined, which)
     if norm_adv:
         advantages = (advantages - advantages.mean()) / advantages.std()
     logits, values = networks["agent"](frames, imagined)
-    actions = i2a.turned_actions(which, CPU)[actions]
     policy_loss, value_loss, entropy, clipfrac = i2a.ppo_losses(logits, values, actions, old, advantages, returns, 0.17)
     distillation = i2a.distillation_loss(logits, networks["rollout_policy"](frames))
     loss, norms = policy_loss + 0.3 * value_loss - 0.02 * entropy + distill_coef * distillation, []

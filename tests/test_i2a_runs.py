@@ -19,10 +19,10 @@ from i2a import A
 from sokoban_env import SokobanVectorEnv, exclude_levels, generate_levels, save_levels
 
 TINY = [
-    "--size", "6", "--num-boxes", "1", "--cnn-channels", "8", "--encoder-channels", "8", "--dense", "16", "--lstm", "8",
-    "--model-width", "4", "--imagination-depth", "2", "--num-envs", "8", "--num-steps", "4", "--num-minibatches", "2",
-    "--update-epochs", "2", "--model-frames", "1024", "--model-steps", "20", "--eval-episodes", "20",
-    "--max-episode-steps", "10", "--log-frequency", "64", "--total-timesteps", "1280",
+    "--size", "6", "--num-boxes", "1", "--cnn-channels", "8", "--encoder-channels", "8", "--dense", "16",
+    "--lstm", "16", "--model-width", "4", "--imagination-depth", "2", "--num-envs", "8", "--num-steps", "4",
+    "--num-minibatches", "2", "--update-epochs", "2", "--model-frames", "1024", "--model-steps", "20",
+    "--eval-episodes", "20", "--max-episode-steps", "10", "--log-frequency", "64", "--total-timesteps", "1280",
 ]  # fmt: skip
 
 
@@ -120,8 +120,8 @@ def test_one_epoch_of_one_minibatch_is_a2c(agent: str, made: list, monkeypatch: 
 
 
 def test_the_loop_reads_each_frame_with_its_own_rollouts(monkeypatch: pytest.MonkeyPatch):
-    """In acting, in the bootstrap of the next frames and of an episode's own last one, and in each minibatch under each
-    symmetry: rollout a begins with what action a does in the frame that stands beside it."""
+    """In acting, in the bootstrap of the next frames and of an episode's own last one, and in each minibatch:
+    rollout a begins with what action a does in the frame that stands beside it."""
     forward, seen = i2a.I2AAgent.forward, []
 
     def watch(self: i2a.I2AAgent, frames: torch.Tensor, imagined: tuple) -> tuple:
@@ -140,26 +140,24 @@ def test_the_loop_reads_each_frame_with_its_own_rollouts(monkeypatch: pytest.Mon
     assert [len(frames) for frames, _ in seen[:18]] == ([8] * 4 + [16] * 5) * 2
 
 
-@pytest.mark.parametrize("symmetry", [True, False])
-def test_each_epoch_sees_each_row_once(symmetry: bool, monkeypatch: pytest.MonkeyPatch):
+def test_each_epoch_sees_each_row_once(monkeypatch: pytest.MonkeyPatch):
     calls, watch, update, advantages, discounts = [], Watch(monkeypatch), i2a.update, i2a.generalized_advantages, []
     monkeypatch.setattr(i2a, "generalized_advantages", lambda *a: discounts.append(a[5:]) or advantages(*a))
-    monkeypatch.setattr(i2a, "update", lambda *a: calls.append((a[3], a[4], a[2].param_groups)) or update(*a))
+    monkeypatch.setattr(i2a, "update", lambda *a: calls.append(a[3]) or update(*a))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: None)
     flags = ["--update-epochs", "3", "--num-minibatches", "4", "--total-timesteps", "32", "--no-anneal-lr"]
     flags += ["--gamma", "0.9", "--gae-lambda", "0.7"]
-    train(*TINY, "--agent", "model-free", *flags, *["--no-symmetry"] * (not symmetry))
+    train(*TINY, "--agent", "model-free", *flags)
     assert discounts == [(0.9, 0.7)]
     boards, actions, *_ = watch.last(4)
-    epochs = [[torch.cat(x) for x in zip(*(rows for rows, *_ in calls[i : i + 4]), strict=True)] for i in (0, 4, 8)]
-    assert [len(rows[0]) for rows, *_ in calls] == [8] * 12
+    epochs = [[torch.cat(x) for x in zip(*calls[i : i + 4], strict=True)] for i in (0, 4, 8)]
+    assert [len(rows[0]) for rows in calls] == [8] * 12
     for frames, action, _, advantages, _ in epochs:
         pairs = (frames.flatten(1), action), (boards.flatten(0, 1).flatten(1), actions.flatten())
         given, done = (torch.cat([b, a[:, None]], 1).tolist() for b, a in pairs)  # each action beside its board
         assert sorted(given) == sorted(done)
         assert torch.equal(advantages.sort()[0], epochs[0][3].sort()[0])
     assert not torch.equal(epochs[0][3], epochs[1][3])  # in another order
-    assert len({which for _, which, _ in calls}) > 1 if symmetry else {which for _, which, _ in calls} == {0}
 
 
 @pytest.mark.parametrize(
@@ -265,9 +263,9 @@ def test_measuring_and_compiling_change_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 VARIANTS = [
-    ["--agent", "model-free", "--view", "board", "--no-norm-adv"],
+    ["--agent", "model-free", "--view", "board", "--no-symmetry", "--no-norm-adv"],
     ["--env-model", "perfect", "--rollout-policy", "random", "--no-symmetry"],
-    ["--env-model", "copy", "--bf16", "--lstm", "6"],
+    ["--env-model", "copy", "--bf16", "--lstm", "32"],
     ["--env-model", "poor", "--no-reward-prediction", "--imagination-depth", "1"],
     ["--frame-stack", "4", "--optimizer", "rmsprop", "--finetune-model"],
     ["--preset", "paper-small", "--view", "player"],
@@ -453,12 +451,12 @@ def test_bad_checkpoints():
     state = torch.load(good)
     export = str(good.with_name("agent.pt"))
     assert f"{export} can't go on: --resume takes a checkpoint.pt" in refused("--resume", export)
-    for flag, *change in (["--evaluate", "--dense", "17"], ["--resume", "--size", "7"], ["--resume", "--agent", "i2a"]):
+    for flag, *change in (["--evaluate", "--dense", "24"], ["--resume", "--size", "7"], ["--resume", "--agent", "i2a"]):
         assert f"{good} was made with other parts or sizes" in refused(flag, str(good), *change)
     for change in (["--num-envs", "4"], ["--optimizer", "rmsprop"]):
         assert "can't change when a run goes on" in refused("--resume", str(good), *change)
     assert "other parts or sizes" in refused(*TINY, "--env-model-path", str(good))  # it has no model
-    del state["networks"]["agent.actor.weight"]
+    del state["networks"]["agent.critic.weight"]
     torch.save(state, "hollow.pt")
     assert "hollow.pt was made with other parts" in refused("--evaluate", "hollow.pt")
 
