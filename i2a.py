@@ -78,8 +78,8 @@ class Args:
     num_steps: int = 32  # steps of a rollout before each update
     optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSProp is the paper's
     learning_rate: float = 1e-3  # learning rate
-    anneal_lr: bool = True  # let it fall linearly to 0, from
-    anneal_from: float = 0.7  # this share of the frames on; 0 is CleanRL's line
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
+    anneal_from: float = 0.7  # from this share of the frames on; 0 is CleanRL's line
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.8  # 1: the n-step returns of the paper
     num_minibatches: int = 8  # minibatches of an epoch
@@ -307,40 +307,36 @@ def generalized_advantages(
 
 # ------------------------------------------------------------------------------------------ the square's symmetries
 
-# The actions after a quarter turn counter-clockwise (up becomes left, down right, left down, right up), and mirrored
-TURNED, MIRRORED = (0, 3, 4, 2, 1), (0, 1, 2, 4, 3)
-
-
-@functools.cache
-def turned_actions(which: int, device: torch.device) -> Tensor:
-    """What each action (A,) becomes under one of the square's symmetries, `which` 0 to 7."""
-    actions = list(range(A))
-    for _ in range(which % 4):
-        actions = [TURNED[a] for a in actions]
-    if which >= 4:
-        actions = [MIRRORED[a] for a in actions]
-    return torch.tensor(actions, device=device)
+# What the actions become under each of the eight, in the order of `turn_boards`
+TURNED = (
+    (0, 1, 2, 3, 4), (0, 3, 4, 2, 1), (0, 2, 1, 4, 3), (0, 4, 3, 1, 2),
+    (0, 1, 2, 4, 3), (0, 4, 3, 2, 1), (0, 2, 1, 3, 4), (0, 3, 4, 1, 2),
+)  # fmt: skip
 
 
 def turn_boards(cells: Tensor, which: int) -> Tensor:
-    """Boards (..., H, W) under one of the square's symmetries: `which` % 4 quarter turns, and from 4 on mirrored."""
+    """Boards (..., H, W) after `which` % 4 quarter turns counter-clockwise; from 4 on also mirrored, left to right."""
     cells = torch.rot90(cells, which % 4, (-2, -1))
     return cells.flip(-1) if which >= 4 else cells
 
 
 def symmetry_table() -> Tensor:
-    """The symmetry g⁻¹h of each pair g, h: (8, 8)."""
-    turned = torch.stack([turn_boards(torch.arange(9).view(3, 3), which) for which in range(8)])  # (8, 3, 3)
-    twice = torch.stack([turn_boards(turned, g) for g in range(8)])  # (8, 8, 3, 3): first the second axis, then g
-    return (twice[:, :, None] == turned).all((3, 4)).int().argmax(1)  # what g makes of it is h
+    """Entry (g, h) is g⁻¹h: the symmetry that, followed by g, is h. (8, 8)."""
+    board, table = torch.arange(9).view(3, 3), torch.empty(8, 8, dtype=torch.long)
+    turned = [turn_boards(board, which).tolist() for which in range(8)]
+    for g in range(8):
+        for first in range(8):
+            h = turned.index(turn_boards(turn_boards(board, first), g).tolist())
+            table[g, h] = first
+    return table
 
 
 class GroupLayer(nn.Module):
     """A convolution that knows the square's symmetries; of flat inputs, a dense layer (Cohen and Welling 2016).
 
-    Channels 8 * k to 8 * k + 7 of its output are feature k under each symmetry g: the same weights ψ_k, turned by g. So
-    to turn the input is to turn the output and to permute each eight. Inputs are of this kind too, or are `planes`,
-    which turn as the board does.
+    Output channel 8 * k + g is feature k, computed with its weights ψ_k turned by g. If the input turns by t, each map
+    turns by t, and what was in channel g is in channel tg. Inputs are such features too; those of a first layer are
+    plain `planes`.
     """
 
     def __init__(
@@ -348,29 +344,30 @@ class GroupLayer(nn.Module):
         std: float = 2**0.5,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.stride, self.padding = stride, padding
         cells = torch.arange(kernel**2).view(kernel, kernel)
         turned = torch.stack([turn_boards(cells, g) for g in range(8)])  # (8, n, n)
-        eight = torch.zeros(8, 1, dtype=torch.long) if planes else symmetry_table()  # (8, 8) or (8, 1)
-        index = kernel**2 * eight[:, :, None, None] + turned[:, None]  # (8, 8, n, n)
-        self.register_buffer("index", index.flatten(), persistent=False)
+        table = torch.zeros(8, 1, dtype=torch.long) if planes else symmetry_table()
+        # ψ_k(g⁻¹h) at [g, h, y, x]: the weight that stands at symmetry h and place (y, x) when ψ_k is turned by g
+        self.register_buffer("index", kernel**2 * table[:, :, None, None] + turned[:, None], persistent=False)
         features = inputs if planes else inputs // 8
-        self.weight = nn.Parameter(torch.empty(outputs // 8, features, index[0].numel()))  # ψ
+        self.weight = nn.Parameter(torch.empty(outputs // 8, features, self.index[0].numel()))
         self.bias = nn.Parameter(torch.empty(outputs // 8))
         layer_init(self, std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, 8 * K, H', W'), or x (B, C * n * n) -> (B, 8 * K)."""
-        # (f ⋆ ψ)(g) = Σ_h f(h) ψ(g⁻¹h), where h runs over symmetries and places (their equation 11)
-        psi = self.weight.index_select(2, self.index).unflatten(2, (8, -1))  # (K, C / 8, 8, 8 * n * n)
-        psi, bias = psi.transpose(1, 2).flatten(0, 1).flatten(1), self.bias.repeat_interleave(8)
+        """x (B, inputs, H, W) -> (B, outputs, H', W'), or x (B, inputs * n * n) -> (B, outputs)."""
+        weight = self.weight.index_select(2, self.index.flatten()).unflatten(2, self.index.shape)
+        weight = weight.transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (outputs, inputs, n, n)
+        bias = self.bias.repeat_interleave(8)
+        # (f ⋆ ψ_k)(g) = Σ_h f(h) ψ_k(g⁻¹h), over symmetries and places h, and over input features (equation 11)
         if x.ndim == 2:
-            return F.linear(x, psi, bias)
-        return F.conv2d(x, psi.view(len(psi), -1, self.kernel, self.kernel), bias, self.stride, self.padding)
+            return F.linear(x, weight.flatten(1), bias)
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
 
 
 class GroupLSTMCell(nn.Module):
-    """nn.LSTMCell with GroupLayers."""
+    """nn.LSTMCell with GroupLayers, whose weights are as large as its own at first."""
 
     def __init__(self, inputs: int, units: int) -> None:
         super().__init__()
@@ -379,23 +376,27 @@ class GroupLSTMCell(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         h, c = state
-        i, f, g, o = (self.input(x) + self.hidden(h)).chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
+        input_gate, forget_gate, cell, output_gate = (self.input(x) + self.hidden(h)).chunk(4, 1)
+        c = forget_gate.sigmoid() * c + input_gate.sigmoid() * cell.tanh()
+        return output_gate.sigmoid() * c.tanh(), c
 
 
 class Actor(nn.Module):
-    """Features (B, 8 * K) to logits (B, A): how good are no action, and up, with each of the eight boards?"""
+    """Features (B, units) that know the symmetries to logits (B, A).
+
+    Its layer has two features, `stay` and `up`. Channel g of `up` says how good the action is that g makes of up. Two
+    of the eight make the same direction of it: that direction's logit is their mean.
+    """
 
     def __init__(self, units: int) -> None:
         super().__init__()
         self.layer = GroupLayer(units, 16, std=0.01)
-        up = torch.stack([turned_actions(g, torch.device("cpu"))[1] for g in range(8)])  # what up becomes
-        self.register_buffer("becomes", F.one_hot(up, A)[:, 1:] / 2, persistent=False)  # (8, A - 1), two of each
+        directions = F.one_hot(torch.tensor(TURNED)[:, 1], A)[:, 1:]  # (8, A - 1)
+        self.register_buffer("directions", directions / 2, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         stay, up = self.layer(x).chunk(2, 1)  # (B, 8)
-        return torch.cat([stay.mean(1, keepdim=True), up @ self.becomes], 1)
+        return torch.cat([stay.mean(1, keepdim=True), up @ self.directions], 1)
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -423,9 +424,12 @@ class FrameNet(nn.Module):
         frame, layers = torch.zeros(1, planes, pixels, pixels), []
         for i, width in enumerate(channels):
             if self.kind == "rgb":
-                kernel, stride, padding = *RGB_LAYERS[i], 0
+                kernel, stride = RGB_LAYERS[i]
+                padding = 0
             else:
-                kernel, stride, padding = 3, (first_stride if i == 0 else 1), int(i == 0 or args.cnn_padding)
+                kernel = 3
+                stride = first_stride if i == 0 else 1
+                padding = 1 if i == 0 or args.cnn_padding else 0
             if args.symmetry:
                 layers += [GroupLayer(planes, width, kernel, stride, padding, planes=i == 0), nn.ReLU()]
             else:
@@ -501,7 +505,7 @@ class EnvModel(nn.Module):
         return frame, self.rewards[reward.argmax(1)], end > 0
 
     def classes(self, frame: Tensor) -> Tensor:
-        """Of a true next frame (B, H, W[, 3]), what `forward` gives logits for: cell values, or colours' indices."""
+        """The classes of a true next frame (B, H, W[, 3]): cell values, or indices of colours."""
         if self.kind == "cells":
             return frame[:, 1:-1, 1:-1].long()
         return (frame[..., None, :] == self.palette).all(-1).byte().argmax(-1)
@@ -565,10 +569,14 @@ class RolloutEncoder(nn.Module):
         units = args.lstm if args.observation == "rgb" else args.lstm // 2
         planes = NUM_PLANES[args.observation] + 1  # and the reward
         self.features = FrameNet(args, planes, args.encoder_channels, units, first_stride=2)
-        self.lstm = (GroupLSTMCell if args.symmetry else nn.LSTMCell)(units, args.lstm)
+        if args.symmetry:
+            self.lstm = GroupLSTMCell(units, args.lstm)
+            self.register_buffer("turned", torch.tensor(TURNED).T, persistent=False)  # (A, 8)
+        else:
+            self.lstm = nn.LSTMCell(units, args.lstm)
 
     def forward(self, frames: Tensor, rewards: Tensor, alive: Tensor) -> Tensor:
-        """frames (B, A, D, H, W[, 3]), rewards and alive (B, A, D) -> embeddings e_1 ... e_A (B, A * LSTM)."""
+        """frames (B, A, D, H, W[, 3]), rewards and alive (B, A, D) -> [e_1, ..., e_A] (B, A * LSTM)."""
         if not self.reads_rewards:  # hide the ends too: an end gives the last reward away
             rewards, alive = torch.zeros_like(rewards), torch.ones_like(alive)
         depth = rewards.shape[2]
@@ -578,13 +586,13 @@ class RolloutEncoder(nn.Module):
         for d in reversed(range(depth)):  # t+τ first
             h, c = self.lstm(x[:, d], (h, c))
             h, c = h * alive[:, d, None], c * alive[:, d, None]  # nothing is read past the imagined end
-        embeddings = h.unflatten(0, (-1, A))  # (B, A, LSTM)
+        embeddings = h.unflatten(0, (-1, A))  # (B, A, LSTM), which the aggregator concatenates
         if not self.symmetry:
             return embeddings.flatten(1)
-        # For each symmetry g the embeddings as g sees them, in the order of its actions: that of up is where g turns up
-        seen = embeddings.unflatten(2, (-1, 8))  # (B, A, K, 8)
-        seen = [seen[:, turned_actions(g, h.device), :, g] for g in range(8)]  # (B, A, K) each
-        return torch.stack(seen, 3).flatten(1)
+        # Channel g describes the board as g turns it. There, action a is the action g(a): slot a takes channel g from
+        # rollout g(a)
+        channels = embeddings.unflatten(2, (-1, 8))  # (B, A, K, 8)
+        return channels.gather(1, self.turned[None, :, None].expand_as(channels)).flatten(1)
 
 
 class I2AAgent(nn.Module):
@@ -598,17 +606,18 @@ class I2AAgent(nn.Module):
         self.encoder = RolloutEncoder(args) if args.agent == "i2a" else None
         joint = args.dense + (A * args.lstm if self.encoder else 0)
         self.actor = Actor(joint) if args.symmetry else layer_init(nn.Linear(joint, A), 0.01)
-        self.critic = layer_init(nn.Linear(joint // 8 if args.symmetry else joint, 1), 1.0)
+        summed = joint // 8 if args.symmetry else joint
+        self.critic = layer_init(nn.Linear(summed, 1), 1.0)
 
     def forward(self, frames: Tensor, imagined: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """frames (B, F, H, W[, 3]), imagined: of `imagine` -> logits (B, A), value (B,), float32."""
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.features(frames)  # (B, dense)
-            if self.encoder is not None:  # the aggregator concatenates
+            if self.encoder is not None:
                 x = torch.cat([x, self.encoder(*imagined)], 1)  # (B, dense + A * LSTM)
         x = x.float()
         logits = self.actor(x)
-        if self.symmetry:  # a value that is the same under each
+        if self.symmetry:  # a sum over the eight is the same for all turned boards; / √8 keeps its scale
             x = x.unflatten(1, (-1, 8)).sum(2) / 8**0.5
         return logits, self.critic(x).squeeze(-1)
 
@@ -730,12 +739,12 @@ def rollout(
     """Act for T steps from frames (B, F, H, W[, 3]). What is imagined is part of the observation, and kept with it.
 
     Returns:
-        rows for `update` and transitions for `model_loss`, of (T * B, ...) each; the frames to go on from; of the
-        episodes that ended their number, and their solved ones, returns and lengths summed (4,).
+        rows for `update` and transitions for `model_loss`, of (T * B, ...) each; the frames to go on from; four sums
+        over the episodes that ended: how many, solved ones, returns, lengths (4,).
     """
     agent, steps, episodes = networks["agent"], [], torch.zeros(4, device=frames.device)
-    # Of environments whose episode was truncated its last frames, of the others unused. It happens once at most, since
-    # --num-steps is at most --max-episode-steps
+    # For an environment whose episode was truncated, its final frames; not used for the others. It happens once at
+    # most, since --num-steps is at most --max-episode-steps
     last = frames
     for _ in range(args.num_steps):
         imagined = imagine(networks, frames, args.imagination_depth, rng, args.greedy_rollouts)
@@ -782,7 +791,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 LOSSES = ("policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm")
 
 
-def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, rows: list) -> Tensor:
+def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, *rows: Tensor) -> Tensor:
     """One step of the agent and of π̂ on M rows; returns LOSSES (6,).
 
     `rows`: frames (M, F, H, W[, 3]), actions, log π_old(a|s), advantages, returns (M,), and what was imagined.
@@ -818,18 +827,17 @@ class Captured:
     def __init__(self, function: Callable, rng: torch.Generator) -> None:
         self.function, self.rng, self.graph, self.calls = function, rng, None, 0
 
-    def __call__(self, tensors: Tensor | list[Tensor]) -> Any:
+    def __call__(self, *tensors: Tensor) -> Any:
         self.calls += 1
-        if self.calls <= 2:  # warm-up: makes the tables and the optimiser's state, and chooses kernels
-            return self.function(tensors)
+        if self.calls <= 2:  # warm-up: makes the optimiser's state, and chooses kernels
+            return self.function(*tensors)
         if self.graph is None:
-            self.inputs = tensors.clone() if isinstance(tensors, Tensor) else [x.clone() for x in tensors]
+            self.inputs = [x.clone() for x in tensors]
             self.graph = torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.rng)
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.outputs = self.function(self.inputs)
-        one = isinstance(tensors, Tensor)
-        for old, new in [(self.inputs, tensors)] if one else zip(self.inputs, tensors, strict=True):
+                self.outputs = self.function(*self.inputs)
+        for old, new in zip(self.inputs, tensors, strict=True):
             old.copy_(new)
         self.graph.replay()
         return self.outputs
@@ -912,7 +920,7 @@ def pretrain_model(
     held_out = collect_transitions(args, policy, tenth, EVAL_SEED // 2 + args.seed, rng.device, levels)
     for name in ("frames", "next"):
         held_out[name] = convert_observation(held_out[name], "cells", args.observation)
-    half, size = 32, len(data["action"])
+    half, size, turned = 32, len(data["action"]), torch.tensor(TURNED, device=rng.device)
     optimizer = torch.optim.Adam(env_model.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.model_steps)
     priority = torch.full((size,), 1e3, device=rng.device)
@@ -924,7 +932,7 @@ def pretrain_model(
         batch = {name: x[index] for name, x in data.items()}
         for name in ("frames", "next"):
             batch[name] = convert_observation(turn_boards(batch[name], step % 8), "cells", args.observation)
-        batch["action"] = turned_actions(step % 8, rng.device)[batch["action"]]
+        batch["action"] = turned[step % 8][batch["action"]]
         loss = model_loss(env_model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.mean().backward()
@@ -1019,8 +1027,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.observation == "rgb" and (args.view == "player" or deepest > 3):
         sys.exit("--observation rgb needs --view board, --no-symmetry and at most three convolutions")
     if args.symmetry and args.view == "board":
-        sys.exit("--view board needs --no-symmetry: only in the player's view do networks know how the board lies")
-    if args.symmetry and any(x % 8 for x in (*args.cnn_channels, *args.encoder_channels, args.dense, args.lstm // 2)):
+        sys.exit("--view board needs --no-symmetry: strides of 2 do not turn with a board of even size")
+    widths = (*args.cnn_channels, *args.encoder_channels, args.dense, args.lstm / 2)
+    if args.symmetry and any(width % 8 for width in widths):
         sys.exit("--symmetry needs --cnn-channels, --encoder-channels and --dense in eights, and --lstm in sixteens")
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
         sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
@@ -1141,7 +1150,7 @@ def main(args: Args) -> None:
         # 2. Update the agent and π̂, in minibatches of M of the T * B rows
         for _ in range(args.update_epochs):
             for index in torch.randperm(T * B, generator=rng, device=device).tensor_split(args.num_minibatches):
-                losses += learn([x[index] for x in batch])
+                losses += learn(*[x[index] for x in batch])
 
         # 3. With --finetune-model, the model learns from the same transitions, by its own loss only
         if args.finetune_model:

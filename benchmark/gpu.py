@@ -119,7 +119,7 @@ def check_networks(device: torch.device, tiny: bool) -> Check:
     losses = []
     for networks, d in ((there, device), (here, CPU)):
         groups = [{"params": list(networks[name].parameters())} for name in ("agent", "rollout_policy")]
-        losses.append(i2a.update(args, networks, torch.optim.SGD(groups, 1e-3), [x.to(d) for x in rows]))
+        losses.append(i2a.update(args, networks, torch.optim.SGD(groups, 1e-3), *[x.to(d) for x in rows]))
     yield "losses", relative(*losses), 1e-4
     for name in ("agent", "rollout_policy"):
         ours, reference = (torch.cat([p.grad.flatten() for p in n[name].parameters()]) for n in (there, here))
@@ -281,7 +281,7 @@ def i2a_frames(
         for _ in range(args.update_epochs):
             parts = torch.randperm(size, generator=rng, device=device).tensor_split(args.num_minibatches)
             for index in parts:
-                learn([x[index] for x in batch])
+                learn(*[x[index] for x in batch])
 
     counter = FlopCounterMode(display=False)
     if peak:

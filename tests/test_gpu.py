@@ -81,7 +81,7 @@ def test_acting_and_updating_wait_for_nothing(changes: dict[str, Any], no_autoca
     groups = [{"params": list(network.parameters())} for network in networks.values() if network is not None]
     groups = [group for group in groups if any(p.requires_grad for p in group["params"])]
     optimizer = torch.optim.SGD(groups, 0.1)
-    assert i2a.update(args, networks, optimizer, rows).device == META
+    assert i2a.update(args, networks, optimizer, *rows).device == META
     if args.finetune_model:
         assert i2a.model_loss(networks["env_model"], transitions).device == META
 

@@ -82,7 +82,7 @@ def test_a_symmetry_of_a_transition_is_a_transition(which: int):
     simulator = i2a.PerfectModel(SMALL)
     frame, reward, end = simulator.predict(before[:, None], action)
     turned = i2a.turn_boards(before, which)
-    again, *outcome = simulator.predict(turned[:, None], i2a.turned_actions(which, CPU)[action])
+    again, *outcome = simulator.predict(turned[:, None], torch.tensor(i2a.TURNED[which])[action])
     assert torch.equal(again, i2a.turn_boards(frame, which))
     assert_same([reward, end], outcome)
 
@@ -91,7 +91,7 @@ def test_the_eight_symmetries_differ():
     board = torch.arange(9, dtype=torch.uint8).reshape(1, 3, 3)
     assert len({tuple(i2a.turn_boards(board, which).flatten().tolist()) for which in range(8)}) == 8
     assert torch.equal(i2a.turn_boards(board, 0), board)
-    assert i2a.turned_actions(0, CPU).tolist() == [0, 1, 2, 3, 4]
+    assert i2a.TURNED[0] == (0, 1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("which", range(8))
@@ -99,7 +99,7 @@ def test_rollouts_of_a_turned_board_are_the_turned_rollouts(which: int, monkeypa
     """Under the perfect model, if π̂ does on the turned boards the turned actions; permuted, as their first actions."""
     frames = generate_levels(20, size=6, num_boxes=2, seed=1, max_pulls=2)[0][:, None]
     actions = torch.randint(A, (3, 20, A))  # of steps 2 to 4 of rollout b * A + a
-    table = i2a.turned_actions(which, CPU)
+    table = torch.tensor(i2a.TURNED[which])
     turned_actions = torch.empty_like(actions)
     turned_actions[:, :, table] = table[actions]
     networks = {"env_model": i2a.PerfectModel(SMALL), "rollout_policy": i2a.RandomPolicy()}
@@ -147,15 +147,19 @@ def test_a_group_layer_is_a_convolution_with_turned_weights():
         expected = F.conv2d(x, weight[None], layer.bias[k, None], 2, 1)[:, 0]
         torch.testing.assert_close(y[:, 8 * k + g], expected, atol=1e-5, rtol=1e-5)
     assert layer.weight.flatten(1).norm(dim=1).tolist() == pytest.approx([2**0.5] * 2)  # orthogonal weights
-    one = i2a.GroupLayer(16, 8, 3)(y[:, :, :3, :3])  # of a map of its own size: a dense layer of its flat values
-    flat = i2a.GroupLayer(16, 8, 3)
-    assert one.shape == (2, 8, 1, 1) and flat(y[:, :, :3, :3].flatten(1)).shape == (2, 8)
-    torch.testing.assert_close(flat(y[:, :, :3, :3])[..., 0, 0], flat(y[:, :, :3, :3].flatten(1)), atol=1e-5, rtol=1e-5)
+    second, table = i2a.GroupLayer(16, 8, 3), i2a.symmetry_table()
+    psi, maps, expected = second.weight.view(2, 8, 3, 3), y.unflatten(1, (2, 8)), torch.empty(2, 8, 2, 2)
+    for g in range(8):  # Σ_h f(h) ψ(g⁻¹h)
+        turned = [i2a.turn_boards(psi[:, table[g, h]], g)[None] for h in range(8)]
+        expected[:, g] = sum(F.conv2d(maps[:, :, h], turned[h]) for h in range(8))[:, 0] + second.bias
+    torch.testing.assert_close(second(y), expected, atol=1e-5, rtol=1e-5)
+    corner = y[:, :, :3, :3]  # of a map of its own size: a dense layer of its flat values
+    torch.testing.assert_close(second(corner.flatten(1)), second(corner)[..., 0, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("which", range(1, 8))
 def test_layers_turn_with_their_inputs(which: int):
-    planes, rtol = torch.randn(2, 3, 7, 7), {"atol": 1e-5, "rtol": 1e-5}
+    planes = torch.randn(2, 3, 7, 7)
     first, second = i2a.GroupLayer(3, 16, 3, stride=2, padding=1, planes=True), i2a.GroupLayer(16, 24, 3)
     dense, cell = i2a.GroupLayer(24, 32, 2), i2a.GroupLSTMCell(32, 16)
 
@@ -170,7 +174,7 @@ def test_layers_turn_with_their_inputs(which: int):
     straight = run(planes, lambda x: x)
     turned = run(i2a.turn_boards(planes, which), lambda x: turn_features(x, which))
     for one, other in zip(straight, turned, strict=True):
-        torch.testing.assert_close(turn_features(one, which), other, **rtol)
+        torch.testing.assert_close(turn_features(one, which), other, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(one, other, atol=0.01)
 
 
@@ -187,13 +191,46 @@ def test_the_group_lstm_is_an_lstm():
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_the_actor_by_hand():
+    actor = i2a.Actor(8)
+    actor.layer = torch.nn.Identity()
+    stay, up = torch.arange(8.0), torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 9])
+    # up is made of up by 0 and 4, down by 2 and 6, left by 1 and 7, right by 3 and 5
+    assert actor(torch.cat([stay, up])[None]).tolist() == [[3.5, (1 + 5) / 2, (3 + 7) / 2, (2 + 9) / 2, (4 + 6) / 2]]
+    logits = i2a.Actor(32)(torch.randn(1000, 32))
+    assert 0 < logits.std() < 0.02  # the first policy is near uniform
+
+
+def test_sizes_of_the_parts():
+    """Of 7x7 boards, and their numbers of weights: an eighth of a plain network's."""
+    networks, frames = i2a.make_networks(Args(), CPU), boards(2, size=7)[:, None]
+    for part, planes, channels, side in (
+        (networks["agent"].features, 4, 32, 7),
+        (networks["agent"].encoder.features, 5, 16, 4),  # the first stride is 2
+        (networks["rollout_policy"].features, 4, 16, 4),
+    ):
+        assert part.convs(torch.zeros(1, planes, 7, 7)).shape == (1, channels, side, side)
+    plain = i2a.make_networks(Args(symmetry=False), CPU)["agent"].features
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (networks["agent"].features, plain)]
+    assert sizes[0] * 8 == sizes[1]
+    assert networks["agent"].features(frames).shape == plain(frames).shape == (2, 256)
+
+
 @pytest.mark.parametrize("which", range(1, 8))
-@pytest.mark.parametrize("changes", [{"agent": "model-free"}, {"env_model": "perfect"}], ids=["model-free", "i2a"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"agent": "model-free"},
+        {"agent": "model-free", "size": 7, "frame_stack": 2, "cnn_padding": False},
+        {"env_model": "perfect"},
+    ],
+    ids=["model-free", "no-padding", "i2a"],
+)
 def test_a_turned_board_has_the_turned_policy_and_the_same_value(changes: dict, which: int):
     """Of the whole agent, imagination included, and of π̂; without --symmetry it is not so."""
-    frames = boards(20)[:, None]
     for symmetry in (True, False):
         args = replace(SMALL, greedy_rollouts=True, symmetry=symmetry, cnn_channels=(8, 16), **changes)
+        frames = boards(20 * args.frame_stack, size=args.size).unflatten(0, (20, -1))
         networks = i2a.make_networks(args, CPU)
         for name, p in networks.named_parameters():
             p.data *= 100 if "actor" in name else 1
@@ -204,7 +241,7 @@ def test_a_turned_board_has_the_turned_policy_and_the_same_value(changes: dict, 
             return [logits, pi_hat, value]
 
         straight, turned = play(frames), play(i2a.turn_boards(frames, which))
-        table = i2a.turned_actions(which, CPU)
+        table = torch.tensor(i2a.TURNED[which])
         straight[:2] = (x[:, table.argsort()] for x in straight[:2])
         same = [torch.allclose(one, other, atol=1e-5) for one, other in zip(straight, turned, strict=True)]
         assert same == [symmetry] * 3 and straight[0].std() > 0.01
@@ -470,8 +507,11 @@ def test_the_aggregator_keeps_environments_and_actions_apart():
     rewards[2] += 1  # another reward in the rollouts of environment 2 only
     new_logits, new_value = networks["agent"](frames, (imagined[0], rewards, imagined[2]))
     assert (logits != new_logits).any(1).tolist() == (value != new_value).tolist() == [False, False, True, False]
-    rewards[0, 1], rewards[0, 3] = imagined[1][0, 3] + 1, imagined[1][0, 1]  # it matters whose rollout it is
-    assert not torch.equal(networks["agent"](frames, (imagined[0], rewards, imagined[2]))[0][0], logits[0])
+    rewards[0, 1], rewards[0, 3] = 1, 2
+    swapped = rewards.clone()
+    swapped[0, 1], swapped[0, 3] = 2, 1  # it matters whose rollout it is
+    one, other = (networks["agent"](frames, (imagined[0], x, imagined[2]))[0][0] for x in (rewards, swapped))
+    assert not torch.allclose(one, other, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -521,7 +561,7 @@ def step_of(args: Args, rows: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
     networks = i2a.make_networks(args, CPU)
     before = {name: p.detach().clone() for name, p in networks.named_parameters()}
     groups = [{"params": list(networks[name].parameters())} for name in ("agent", "rollout_policy")]
-    losses = i2a.update(args, networks, torch.optim.SGD(groups, 1.0), rows)
+    losses = i2a.update(args, networks, torch.optim.SGD(groups, 1.0), *rows)
     return {name: before[name] - p.detach() for name, p in networks.named_parameters()}, losses
 
 

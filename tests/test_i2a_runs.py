@@ -143,7 +143,7 @@ def test_the_loop_reads_each_frame_with_its_own_rollouts(monkeypatch: pytest.Mon
 def test_each_epoch_sees_each_row_once(monkeypatch: pytest.MonkeyPatch):
     calls, watch, update, advantages, discounts = [], Watch(monkeypatch), i2a.update, i2a.generalized_advantages, []
     monkeypatch.setattr(i2a, "generalized_advantages", lambda *a: discounts.append(a[5:]) or advantages(*a))
-    monkeypatch.setattr(i2a, "update", lambda *a: calls.append(a[3]) or update(*a))
+    monkeypatch.setattr(i2a, "update", lambda *a: calls.append(a[3:]) or update(*a))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: None)
     flags = ["--update-epochs", "3", "--num-minibatches", "4", "--total-timesteps", "32", "--no-anneal-lr"]
     flags += ["--gamma", "0.9", "--gae-lambda", "0.7"]
