@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The I2A studies behind docs/i2a.md: runs, tables and figures. Runs are resumable, and what is under runs/ is not run
-# again. About fifteen hours of one CPU thread; JOBS=4 benchmark/i2a.sh runs four at a time.
+# again. About six hours of one CPU thread; JOBS=4 benchmark/i2a.sh runs four at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -8,20 +8,22 @@ run="python benchmark/run.py --jobs ${JOBS:-2}"
 three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 
 # 1. Rooms with two boxes: frames and seconds to some shares. Where imagination pays: deep rollouts of π̂'s likeliest
-# actions, at a constant rate, which the others have too up to 280,000 frames. Variants -turned, -before and the study
-# i2a_depth are of earlier versions, whose networks did not know the symmetries; `git show db522aa:benchmark/i2a.sh`
-# has their commands.
+# actions, at a constant rate, which the others have too up to 280,000 frames. The studies i2a_7x7_earlier,
+# i2a_8x8_earlier and i2a_depth are earlier versions' (-turned: minibatches were turned, networks did not know the
+# symmetries; -before: with PPO's usual critic too). Check out db522aa to run them; in its benchmark/i2a.sh they are
+# i2a_7x7, i2a_8x8 and i2a_depth, without the -turned.
 $run --study i2a_7x7 --variants "i2a=" "model-free=--agent model-free"
-$run --study i2a_7x7 --seeds 11 12 --variants "copy=--env-model copy"
+$run --study i2a_7x7 --variants "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" \
+  --flags="--no-anneal-lr --total-timesteps 240000"
 $run --study i2a_8x8 --variants "i2a=" "model-free=--agent model-free" --flags="--size 8"
 # --sps: frames a second, of i2a_throughput.csv
 python benchmark/curves.py --study i2a_7x7 --reference model-free --thresholds 0.3 0.5 0.6 0.7 0.8 0.9 \
-  --at-frames 100000 200000 300000 400000 --sps model-free=2342 i2a=1103
+  --at-frames 100000 200000 240000 300000 400000 --sps model-free=1982 i2a=995 depth-8-greedy=555
 python benchmark/curves.py --study i2a_8x8 --reference model-free --thresholds 0.3 0.5 0.7 0.8 0.9 \
   --at-frames 100000 200000 300000 400000
 
-# 2. 10x10 rooms with four boxes (on a GPU: benchmark/gpu.sh). An hour, on a CPU with avx512_bf16. First a tenth of the
-# levels are DeepMind's, then two thirds; at last the entropy bonus is halved.
+# 2. 10x10 rooms with four boxes (on a GPU: benchmark/gpu.sh). 76 minutes, on a CPU with avx512_bf16. First a tenth of
+# the levels are DeepMind's, then two thirds; the entropy bonus is halved twice.
 mkdir -p levels-1 levels-2
 cp boxoban-levels/unfiltered/train/00[0-9].txt levels-1
 python tools/sokoban.py generate --output levels-1/generated.txt --num-levels 30000 --seed 20
@@ -33,11 +35,11 @@ done
 five="--agent model-free --total-timesteps 5000000"
 go_on="--resume runs/*__flagship-model-free-64__11__*/checkpoint.pt"
 if ! compgen -G "runs/*__flagship-model-free-64__11__*" > /dev/null; then # one that was cut off goes on by hand
-  python benchmark/flagship.py model-free-64 --flags="$five --levels levels-1" --until 3150000
-  python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --levels levels-2" --until 3990000
+  python benchmark/flagship.py model-free-64 --flags="$five --levels levels-1 --ent-coef 0.02" --until 2000000
+  python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --levels levels-2 --ent-coef 0.01" --until 4000000
   python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --ent-coef 0.005"
 fi
-# The variants -turned and -before are of earlier versions; `git show db522aa:benchmark/i2a.sh` has their commands
+# The variants -turned and -before are earlier versions' too
 $run --study flagship --seeds 11 --variants "model-free-64=" --collect-only
 python benchmark/curves.py --study flagship --reference model-free-64 --thresholds 0.1 0.3 0.5 \
   --at-frames 500000 1000000 2000000 4000000 --title "10x10, four boxes"
@@ -53,6 +55,5 @@ python benchmark/i2a_throughput.py
 python benchmark/i2a_evaluate.py retries checkpoints/{model_free,i2a}_10x10_4boxes.pt \
   --levels boxoban-levels/unfiltered/valid
 python benchmark/i2a_evaluate.py random
-python benchmark/i2a_evaluate.py boxes runs/*__i2a_8x8-{i2a,model-free}__1[123]__*/agent.pt \
-  checkpoints/{model_free,i2a}_10x10_4boxes.pt
-python benchmark/i2a_evaluate.py search runs/*__i2a_8x8-i2a__11__*/agent.pt
+# Of i2a_boxes.csv, the rows of 8x8 rooms are the first edition's, and so is i2a_search.csv
+python benchmark/i2a_evaluate.py boxes checkpoints/{model_free,i2a}_10x10_4boxes.pt

@@ -71,7 +71,7 @@ def retries(paths: tuple[str, ...], /, levels: str, most: int = 10) -> None:
 
 def random(episodes: int = 5000) -> None:
     """What random play solves of the default task's held-out levels."""
-    args = i2a.Args(agent="model-free", eval_episodes=episodes)
+    args = i2a.Args(agent="model-free", symmetry=False, eval_episodes=episodes)
     networks = i2a.make_networks(args, CPU)
     nn.init.zeros_(networks["agent"].actor.weight)  # every action alike
     row = {"size": args.size, "num_boxes": args.num_boxes, "max_episode_steps": args.max_episode_steps}
