@@ -13,7 +13,8 @@ three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 # symmetries; -before: with PPO's usual critic too). Check out db522aa to run them; in its benchmark/i2a.sh they are
 # i2a_7x7, i2a_8x8 and i2a_depth, without the -turned.
 $run --study i2a_7x7 --variants "i2a=" "model-free=--agent model-free"
-$run --study i2a_7x7 --variants "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" \
+$run --study i2a_7x7 --seeds 11 --variants "copy=--env-model copy"
+$run --study i2a_7x7 --seeds 11 12 13 --variants "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" \
   --flags="--no-anneal-lr --total-timesteps 240000"
 $run --study i2a_8x8 --variants "i2a=" "model-free=--agent model-free" --flags="--size 8"
 # --sps: frames a second, of i2a_throughput.csv
