@@ -56,5 +56,5 @@ python benchmark/i2a_throughput.py
 python benchmark/i2a_evaluate.py retries checkpoints/{model_free,i2a}_10x10_4boxes.pt \
   --levels boxoban-levels/unfiltered/valid
 python benchmark/i2a_evaluate.py random
-# Of i2a_boxes.csv, the rows of 8x8 rooms are the first edition's, and so is i2a_search.csv
+# i2a_boxes_first_edition.csv and i2a_search.csv are the first edition's
 python benchmark/i2a_evaluate.py boxes checkpoints/{model_free,i2a}_10x10_4boxes.pt
