@@ -40,6 +40,11 @@ if ! compgen -G "runs/*__flagship-model-free-64__11__*" > /dev/null; then # one 
   python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --levels levels-2 --ent-coef 0.01" --until 4000000
   python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --ent-coef 0.005"
 fi
+# The one that imagines, as far as it has been run; on from there as above
+if ! compgen -G "runs/*__flagship-i2a-64__11__*" > /dev/null; then
+  imagining="--greedy-rollouts --model-frames 40000 --model-steps 6000 --total-timesteps 5000000 --ent-coef 0.02"
+  python benchmark/flagship.py i2a-64 --flags="$imagining --levels levels-1" --until 500000
+fi
 # The variants -turned and -before are earlier versions' too
 $run --study flagship --seeds 11 --variants "model-free-64=" --collect-only
 python benchmark/curves.py --study flagship --reference model-free-64 --thresholds 0.1 0.3 0.5 \
