@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
 import tyro
 from torch import Tensor
 from tqdm import tqdm
@@ -331,54 +332,46 @@ def symmetry_table() -> Tensor:
     return table
 
 
-class GroupLayer(nn.Module):
-    """A convolution that knows the square's symmetries; of flat inputs, a dense layer (Cohen and Welling 2016).
+class TurnedWeights(nn.Module):
+    """The weights of a layer that knows the square's symmetries, from an eighth of them (Cohen and Welling 2016).
 
     Output channel 8 * k + g is feature k, computed with its weights ψ_k turned by g. If the input turns by t, each map
-    turns by t, and what was in channel g is in channel tg. Inputs are such features too; those of a first layer are
-    plain `planes`.
+    turns by t, and what was in channel g is in channel tg. Inputs are such features too, or plain `planes`.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, padding: int = 0, planes: bool = False,
-        std: float = 2**0.5,
-    ) -> None:  # fmt: skip
+    def __init__(self, shape: torch.Size, kernel: int, planes: bool) -> None:
         super().__init__()
-        self.stride, self.padding = stride, padding
+        self.shape = shape  # of the layer's weights: (outputs, inputs, n, n), (outputs, inputs * n * n) or (outputs,)
         cells = torch.arange(kernel**2).view(kernel, kernel)
         turned = torch.stack([turn_boards(cells, g) for g in range(8)])  # (8, n, n)
         table = torch.zeros(8, 1, dtype=torch.long) if planes else symmetry_table()
         # ψ_k(g⁻¹h) at [g, h, y, x]: the weight that stands at symmetry h and place (y, x) when ψ_k is turned by g
         self.register_buffer("index", kernel**2 * table[:, :, None, None] + turned[:, None], persistent=False)
-        features = inputs if planes else inputs // 8
-        self.weight = nn.Parameter(torch.empty(outputs // 8, features, self.index[0].numel()))
-        self.bias = nn.Parameter(torch.empty(outputs // 8))
-        layer_init(self, std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, inputs, H, W) -> (B, outputs, H', W'), or x (B, inputs * n * n) -> (B, outputs)."""
-        weight = self.weight.index_select(2, self.index.flatten()).unflatten(2, self.index.shape)
-        weight = weight.transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (outputs, inputs, n, n)
-        bias = self.bias.repeat_interleave(8)
-        # (f ⋆ ψ_k)(g) = Σ_h f(h) ψ_k(g⁻¹h), over symmetries and places h, and over input features (equation 11)
-        if x.ndim == 2:
-            return F.linear(x, weight.flatten(1), bias)
-        return F.conv2d(x, weight, bias, self.stride, self.padding)
+    def forward(self, psi: Tensor) -> Tensor:
+        """ψ (K, features, 8 * n * n), for planes (K, inputs, n * n) -> weights of the layer's shape.
+
+        With them the layer computes (f ⋆ ψ_k)(g) = Σ_h f(h) ψ_k(g⁻¹h), over symmetries and places h (equation 11).
+        """
+        weight = psi.index_select(2, self.index.flatten()).unflatten(2, self.index.shape)  # (K, features, 8, 8, n, n)
+        return weight.transpose(1, 2).reshape(self.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The ψ of such weights: what stands at the first symmetry, which turns nothing."""
+        return weight[::8].reshape(len(weight) // 8, -1, self.index[0].numel())
 
 
-class GroupLSTMCell(nn.Module):
-    """nn.LSTMCell with GroupLayers, whose weights are as large as its own at first."""
-
-    def __init__(self, inputs: int, units: int) -> None:
-        super().__init__()
-        self.hidden_size = units
-        self.input, self.hidden = GroupLayer(inputs, 4 * units, std=0.5), GroupLayer(units, 4 * units, std=0.5)
-
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        h, c = state
-        input_gate, forget_gate, cell, output_gate = (self.input(x) + self.hidden(h)).chunk(4, 1)
-        c = forget_gate.sigmoid() * c + input_gate.sigmoid() * cell.tanh()
-        return output_gate.sigmoid() * c.tanh(), c
+def make_equivariant(layer: nn.Module, kernel: int = 1, planes: bool = False, std: float = 2**0.5) -> nn.Module:
+    """Give a convolution, a dense layer of maps of `kernel` by `kernel`, or an LSTM cell TurnedWeights."""
+    for name, weight in list(layer.named_parameters()):
+        if "bias" in name:  # the weight of a plane of ones
+            turned, initial = TurnedWeights(weight.shape, 1, planes=True), nn.init.zeros_
+        else:
+            turned = TurnedWeights(weight.shape, kernel, planes)
+            initial = functools.partial(nn.init.orthogonal_, gain=std)
+        parametrize.register_parametrization(layer, name, turned)
+        initial(layer.parametrizations[name].original)
+    return layer
 
 
 class Actor(nn.Module):
@@ -390,7 +383,7 @@ class Actor(nn.Module):
 
     def __init__(self, units: int) -> None:
         super().__init__()
-        self.layer = GroupLayer(units, 16, std=0.01)
+        self.layer = make_equivariant(nn.Linear(units, 16), std=0.01)
         directions = F.one_hot(torch.tensor(TURNED)[:, 1], A)[:, 1:]  # (8, A - 1)
         self.register_buffer("directions", directions / 2, persistent=False)
 
@@ -413,7 +406,7 @@ def to_planes(frames: Tensor, kind: str, view: str) -> Tensor:
 
 class FrameNet(nn.Module):
     """Frames to a feature vector: the paper's convolutions and strides for `rgb`, 3x3 ones (ours) for `cells`; a dense
-    layer. With --symmetry they are GroupLayers."""
+    layer."""
 
     def __init__(self, args: Args, planes: int, channels: tuple[int, ...], units: int, first_stride: int = 1) -> None:
         super().__init__()
@@ -430,20 +423,19 @@ class FrameNet(nn.Module):
                 kernel = 3
                 stride = first_stride if i == 0 else 1
                 padding = 1 if i == 0 or args.cnn_padding else 0
+            layer = layer_init(nn.Conv2d(planes, width, kernel, stride, padding))
             if args.symmetry:
-                layers += [GroupLayer(planes, width, kernel, stride, padding, planes=i == 0), nn.ReLU()]
-            else:
-                layers += [layer_init(nn.Conv2d(planes, width, kernel, stride, padding)), nn.ReLU()]
+                make_equivariant(layer, kernel, planes=i == 0)
+            layers += [layer, nn.ReLU()]
             planes = width
         self.convs = nn.Sequential(*layers)
         try:
             side = self.convs(frame).shape[-1]
         except RuntimeError:
             sys.exit(f"--no-cnn-padding leaves nothing of a {pixels}x{pixels} view after {len(channels)} convolutions")
+        self.dense = layer_init(nn.Linear(planes * side**2, units))
         if args.symmetry:
-            self.dense = GroupLayer(planes, units, side)
-        else:
-            self.dense = layer_init(nn.Linear(planes * side**2, units))
+            make_equivariant(self.dense, side)
 
     def forward(self, frames: Tensor, rewards: Tensor | None = None) -> Tensor:
         """frames (B, F, H, W[, 3]), rewards (B,), which become a plane, if any -> features (B, units)."""
@@ -569,11 +561,10 @@ class RolloutEncoder(nn.Module):
         units = args.lstm if args.observation == "rgb" else args.lstm // 2
         planes = NUM_PLANES[args.observation] + 1  # and the reward
         self.features = FrameNet(args, planes, args.encoder_channels, units, first_stride=2)
+        self.lstm = nn.LSTMCell(units, args.lstm)
         if args.symmetry:
-            self.lstm = GroupLSTMCell(units, args.lstm)
-            self.register_buffer("turned", torch.tensor(TURNED).T, persistent=False)  # (A, 8)
-        else:
-            self.lstm = nn.LSTMCell(units, args.lstm)
+            make_equivariant(self.lstm, std=0.5)  # as large as torch's own at first
+        self.register_buffer("turned", torch.tensor(TURNED).T, persistent=False)  # (A, 8)
 
     def forward(self, frames: Tensor, rewards: Tensor, alive: Tensor) -> Tensor:
         """frames (B, A, D, H, W[, 3]), rewards and alive (B, A, D) -> [e_1, ..., e_A] (B, A * LSTM)."""
@@ -733,6 +724,7 @@ def ppo_losses(
 
 
 @torch.no_grad()
+@parametrize.cached()  # TurnedWeights are laid out once a rollout
 def rollout(
     args: Args, networks: nn.ModuleDict, envs: SokobanVectorEnv, frames: Tensor, rng: torch.Generator
 ) -> tuple[list[Tensor], dict[str, Tensor], Tensor, Tensor]:
@@ -791,6 +783,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 LOSSES = ("policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm")
 
 
+@parametrize.cached()
 def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, *rows: Tensor) -> Tensor:
     """One step of the agent and of π̂ on M rows; returns LOSSES (6,).
 
@@ -976,6 +969,7 @@ def make_envs(
 
 
 @torch.no_grad()
+@parametrize.cached()
 def evaluate(args: Args, networks: nn.ModuleDict, levels: Tensor, device: torch.device) -> tuple[dict, Tensor]:
     """Play each level (L, H, W) once; returns metrics, and which levels were solved (L,)."""
     rng = torch.Generator(device).manual_seed(args.seed)

@@ -137,31 +137,54 @@ def test_the_table_of_symmetries_is_a_groups():
     assert table[0].tolist() == [*range(8)] and table.diagonal().tolist() == [0] * 8
 
 
-def test_a_group_layer_is_a_convolution_with_turned_weights():
-    layer, x = i2a.GroupLayer(3, 16, 3, stride=2, padding=1, planes=True), torch.randn(2, 3, 7, 7)
-    layer.bias.data = torch.randn(2)
+def original(layer: torch.nn.Module, name: str) -> torch.Tensor:
+    """The parameter that TurnedWeights lays out."""
+    return layer.parametrizations[name].original
+
+
+def test_an_equivariant_layer_is_a_convolution_with_turned_weights():
+    layer = i2a.make_equivariant(torch.nn.Conv2d(3, 16, 3, stride=2, padding=1), 3, planes=True)
+    x, psi, bias = torch.randn(2, 3, 7, 7), original(layer, "weight"), original(layer, "bias")
+    assert psi.shape == (2, 3, 9) and bias.flatten().tolist() == [0, 0]
+    assert psi.flatten(1).norm(dim=1).tolist() == pytest.approx([2**0.5] * 2)  # orthogonal weights
+    bias.data.normal_()
     y = layer(x)
     assert y.shape == (2, 16, 4, 4)
     for k, g in itertools.product(range(2), range(8)):
-        weight = i2a.turn_boards(layer.weight[k].view(3, 3, 3), g)
-        expected = F.conv2d(x, weight[None], layer.bias[k, None], 2, 1)[:, 0]
+        weight = i2a.turn_boards(psi[k].view(3, 3, 3), g)
+        expected = F.conv2d(x, weight[None], bias[k].flatten(), 2, 1)[:, 0]
         torch.testing.assert_close(y[:, 8 * k + g], expected, atol=1e-5, rtol=1e-5)
-    assert layer.weight.flatten(1).norm(dim=1).tolist() == pytest.approx([2**0.5] * 2)  # orthogonal weights
-    second, table = i2a.GroupLayer(16, 8, 3), i2a.symmetry_table()
-    psi, maps, expected = second.weight.view(2, 8, 3, 3), y.unflatten(1, (2, 8)), torch.empty(2, 8, 2, 2)
+    second, table = i2a.make_equivariant(torch.nn.Conv2d(16, 8, 3), 3), i2a.symmetry_table()
+    psi, maps, expected = original(second, "weight").view(2, 8, 3, 3), y.unflatten(1, (2, 8)), torch.empty(2, 8, 2, 2)
     for g in range(8):  # Σ_h f(h) ψ(g⁻¹h)
         turned = [i2a.turn_boards(psi[:, table[g, h]], g)[None] for h in range(8)]
-        expected[:, g] = sum(F.conv2d(maps[:, :, h], turned[h]) for h in range(8))[:, 0] + second.bias
+        expected[:, g] = sum(F.conv2d(maps[:, :, h], turned[h]) for h in range(8))[:, 0]
     torch.testing.assert_close(second(y), expected, atol=1e-5, rtol=1e-5)
-    corner = y[:, :, :3, :3]  # of a map of its own size: a dense layer of its flat values
-    torch.testing.assert_close(second(corner.flatten(1)), second(corner)[..., 0, 0], atol=1e-5, rtol=1e-5)
+    dense = i2a.make_equivariant(torch.nn.Linear(16 * 9, 8), 3)
+    original(dense, "weight").data = original(second, "weight").data
+    corner = y[:, :, :3, :3]  # of a map of the kernel's size: a dense layer of its flat values
+    torch.testing.assert_close(dense(corner.flatten(1)), second(corner)[..., 0, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_turned_weights_give_their_originals_back():
+    for turned, shape in (
+        (i2a.TurnedWeights(torch.Size([16, 3, 3, 3]), 3, planes=True), (2, 3, 9)),
+        (i2a.TurnedWeights(torch.Size([16, 24 * 4]), 2, planes=False), (2, 3, 32)),
+        (i2a.TurnedWeights(torch.Size([16]), 1, planes=True), (2, 1, 1)),
+    ):
+        psi = torch.randn(shape)
+        assert torch.equal(turned.right_inverse(turned(psi)), psi)
 
 
 @pytest.mark.parametrize("which", range(1, 8))
 def test_layers_turn_with_their_inputs(which: int):
     planes = torch.randn(2, 3, 7, 7)
-    first, second = i2a.GroupLayer(3, 16, 3, stride=2, padding=1, planes=True), i2a.GroupLayer(16, 24, 3)
-    dense, cell = i2a.GroupLayer(24, 32, 2), i2a.GroupLSTMCell(32, 16)
+    first = i2a.make_equivariant(torch.nn.Conv2d(3, 16, 3, stride=2, padding=1), 3, planes=True)
+    second = i2a.make_equivariant(torch.nn.Conv2d(16, 24, 3), 3)
+    dense = i2a.make_equivariant(torch.nn.Linear(24 * 4, 32), 2)
+    cell = i2a.make_equivariant(torch.nn.LSTMCell(32, 16), std=0.5)
+    for name in ("bias_ih", "bias_hh"):
+        original(cell, name).data.normal_()
 
     def run(planes: torch.Tensor, turn) -> list[torch.Tensor]:
         maps = first(planes)
@@ -178,17 +201,17 @@ def test_layers_turn_with_their_inputs(which: int):
         assert not torch.allclose(one, other, atol=0.01)
 
 
-def test_the_group_lstm_is_an_lstm():
-    """With the weights that it spreads, torch's own cell does the same."""
-    cell, x, h, c = i2a.GroupLSTMCell(16, 8), torch.randn(3, 16), torch.randn(3, 8), torch.randn(3, 8)
-    torchs = torch.nn.LSTMCell(16, 8)
-    with torch.no_grad():
-        for name, layer, inputs in (("ih", cell.input, 16), ("hh", cell.hidden, 8)):
-            layer.bias.normal_()
-            getattr(torchs, f"bias_{name}").copy_(layer(torch.zeros(inputs)[None])[0])
-            getattr(torchs, f"weight_{name}").copy_((layer(torch.eye(inputs)) - layer(torch.zeros(1, inputs))).T)
-    for one, other in zip(cell(x, (h, c)), torchs(x, (h, c)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+def test_weights_are_laid_out_once_a_rollout_and_anew_after_an_update(monkeypatch: pytest.MonkeyPatch):
+    args = replace(SMALL, num_envs=4, num_steps=3)
+    networks, envs = i2a.make_networks(args, CPU), i2a.make_envs(args, 4, None, CPU)
+    laid_out, lay_out = [], i2a.TurnedWeights.forward
+    monkeypatch.setattr(i2a.TurnedWeights, "forward", lambda self, psi: laid_out.append(self) or lay_out(self, psi))
+    rows, *_ = i2a.rollout(args, networks, envs, envs.reset(seed=1)[0][:, None], seeded())
+    every = sum(isinstance(module, i2a.TurnedWeights) for module in networks.modules())
+    assert len(laid_out) == len(set(laid_out)) == every
+    before = networks["agent"](rows[0], rows[5:])[0]
+    i2a.update(args, networks, i2a.make_optimizer(args, networks), *rows)
+    assert not torch.equal(networks["agent"](rows[0], rows[5:])[0], before)
 
 
 def test_the_actor_by_hand():
@@ -499,7 +522,7 @@ def test_the_rollout_encoder_is_an_lstm_over_the_reversed_rollout():
 
 
 def test_the_aggregator_keeps_environments_and_actions_apart():
-    networks = i2a.make_networks(SMALL, CPU)
+    networks = i2a.make_networks(replace(SMALL, encoder_channels=(32,), lstm=64), CPU)  # not all of it is dead
     frames = boards(4)[:, None]
     imagined = i2a.imagine(networks, frames, 2, seeded())
     logits, value = networks["agent"](frames, imagined)
