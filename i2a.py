@@ -108,8 +108,11 @@ class Args:
     cnn_channels: tuple[int, ...] = (32, 32, 32)  # channels of the model-free path
     cnn_padding: bool = True  # off: only the first convolution is padded, and the view shrinks to the player's place
     dense: int = 256  # units of the model-free path's dense layer
-    encoder_channels: tuple[int, ...] = (16,)  # channels of the rollout encoder
-    lstm: int = 32  # units of the rollout encoder's LSTM
+    encoder_channels: tuple[int, ...] = (32,)  # channels of the rollout encoder
+    encoder_dense: int = 32  # units of its dense layer
+    lstm: int = 64  # units of its LSTM
+    rollout_channels: tuple[int, ...] = (64,)  # channels of the distilled rollout policy
+    rollout_dense: int = 64  # units of its dense layer
 
     compile: bool = False  # torch.compile the networks
     cuda_graph: bool = False  # launch a rollout, and an update, as one CUDA graph
@@ -126,7 +129,8 @@ class Args:
 PAPER_SMALL = Args(
     view="board", symmetry=False, num_minibatches=1, update_epochs=1, norm_adv=False, anneal_lr=False, num_envs=32,
     num_steps=8, learning_rate=3e-3, gamma=0.97, gae_lambda=0.95, ent_coef=0.001, vf_coef=0.5, cnn_channels=(16, 16),
-    dense=128, encoder_channels=(16, 16), lstm=64, total_timesteps=1_500_000,
+    dense=128, encoder_channels=(16, 16), encoder_dense=32, lstm=64, rollout_channels=(16,), rollout_dense=32,
+    total_timesteps=1_500_000,
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
@@ -134,8 +138,8 @@ PRESETS = {
     "paper": replace(
         PAPER_SMALL, size=10, num_boxes=4, max_episode_steps=120, observation="rgb", total_timesteps=10**9, num_steps=5,
         optimizer="rmsprop", learning_rate=7e-4, gae_lambda=1.0, ent_coef=0.01, reward_scale=1.0, imagination_depth=5,
-        cnn_channels=(32, 64, 64), encoder_channels=(32, 64, 64), dense=512, lstm=512, model_width=64,
-        model_frames=1_000_000, model_steps=100_000, log_frequency=1_000_000,
+        cnn_channels=(32, 64, 64), dense=512, encoder_channels=(32, 64, 64), encoder_dense=512, lstm=512,
+        rollout_channels=(16, 16), model_width=64, model_frames=1_000_000, model_steps=100_000, log_frequency=1_000_000,
     ),
 }  # fmt: skip
 
@@ -358,7 +362,8 @@ class TurnedWeights(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The ψ of such weights: what stands at the first symmetry, which turns nothing."""
-        return weight[::8].reshape(len(weight) // 8, -1, self.index[0].numel())
+        psi = weight[::8].reshape(len(weight) // 8, -1, self.index[0].numel())
+        return psi.contiguous()  # Adam's fused kernel takes parameters to be as their gradients lie in memory
 
 
 def make_equivariant(layer: nn.Module, kernel: int = 1, planes: bool = False, std: float = 2**0.5) -> nn.Module:
@@ -533,9 +538,9 @@ class RolloutPolicy(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        channels = (16,) if args.observation == "cells" else (16, 16)
-        self.features = FrameNet(args, NUM_PLANES[args.observation] * args.frame_stack, channels, 32, first_stride=2)
-        self.actor = Actor(32) if args.symmetry else layer_init(nn.Linear(32, A), 0.01)
+        planes, units = NUM_PLANES[args.observation] * args.frame_stack, args.rollout_dense
+        self.features = FrameNet(args, planes, args.rollout_channels, units, first_stride=2)
+        self.actor = Actor(units) if args.symmetry else layer_init(nn.Linear(units, A), 0.01)
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames (B, F, H, W[, 3]) -> logits (B, A)."""
@@ -558,10 +563,9 @@ class RolloutEncoder(nn.Module):
     def __init__(self, args: Args) -> None:
         super().__init__()
         self.reads_rewards, self.symmetry = args.reward_prediction, args.symmetry
-        units = args.lstm if args.observation == "rgb" else args.lstm // 2
         planes = NUM_PLANES[args.observation] + 1  # and the reward
-        self.features = FrameNet(args, planes, args.encoder_channels, units, first_stride=2)
-        self.lstm = nn.LSTMCell(units, args.lstm)
+        self.features = FrameNet(args, planes, args.encoder_channels, args.encoder_dense, first_stride=2)
+        self.lstm = nn.LSTMCell(args.encoder_dense, args.lstm)
         if args.symmetry:
             make_equivariant(self.lstm, std=0.5)  # as large as torch's own at first
         self.register_buffer("turned", torch.tensor(TURNED).T, persistent=False)  # (A, 8)
@@ -1017,14 +1021,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--rollout-policy pretrained needs --pretrained-path, a model-free agent's file")
     if args.num_steps > args.max_episode_steps:
         sys.exit("--num-steps must be at most --max-episode-steps")  # a rollout then holds one truncation at most
-    deepest = max(len(args.cnn_channels), len(args.encoder_channels))
-    if args.observation == "rgb" and (args.view == "player" or deepest > 3):
+    convolutions = (args.cnn_channels, args.encoder_channels, args.rollout_channels)
+    if args.observation == "rgb" and (args.view == "player" or max(map(len, convolutions)) > 3):
         sys.exit("--observation rgb needs --view board, --no-symmetry and at most three convolutions")
     if args.symmetry and args.view == "board":
         sys.exit("--view board needs --no-symmetry: strides of 2 do not turn with a board of even size")
-    widths = (*args.cnn_channels, *args.encoder_channels, args.dense, args.lstm / 2)
+    widths = (*sum(convolutions, ()), args.dense, args.encoder_dense, args.lstm, args.rollout_dense)
     if args.symmetry and any(width % 8 for width in widths):
-        sys.exit("--symmetry needs --cnn-channels, --encoder-channels and --dense in eights, and --lstm in sixteens")
+        sys.exit(
+            "--symmetry needs channels and units in eights: of --cnn-channels, --dense, --encoder-channels, "
+            "--encoder-dense, --lstm, --rollout-channels and --rollout-dense"
+        )
     if args.num_envs * args.num_steps < 2 * args.num_minibatches:
         sys.exit("--num-minibatches needs at least two rows in each, of --num-envs times --num-steps")
     if args.cuda_graph and args.num_envs * args.num_steps % args.num_minibatches:

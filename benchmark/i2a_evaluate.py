@@ -3,6 +3,7 @@
     python benchmark/i2a_evaluate.py retries runs/NAME/agent.pt --levels boxoban-levels/unfiltered/valid
     python benchmark/i2a_evaluate.py random
     python benchmark/i2a_evaluate.py boxes runs/NAME/agent.pt
+    python benchmark/i2a_evaluate.py ablation runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py search runs/NAME/agent.pt
     python benchmark/i2a_evaluate.py picture runs/NAME/agent.pt --seed 1
     python benchmark/i2a_evaluate.py film checkpoints/i2a_7x7_2boxes.pt --fewest 8 --most 16 --output docs/i2a_film.gif
@@ -12,6 +13,7 @@ Agents are agent.pt or checkpoint.pt. Shares solved have their 95 % interval (Wi
 
 import itertools
 import pathlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -87,6 +89,30 @@ def boxes(paths: tuple[str, ...], /, episodes: int = 500) -> None:
             boards = i2a.held_out_levels(replace(args, num_boxes=num_boxes))
             rows.append(show(about(path, args) | {"boxes": num_boxes} | evaluated(args, networks, boards)))
     write_rows(rows, "i2a_boxes.csv")
+
+
+class Distracted(nn.Module):
+    """An agent that is shown, of each board, what was imagined from another one."""
+
+    def __init__(self, agent: nn.Module) -> None:
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, frames: Tensor, imagined: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.agent(frames, [x.roll(1, 0) for x in imagined])
+
+
+def ablation(paths: tuple[str, ...], /, episodes: int = 1000) -> None:
+    """What agents that imagine solve of held-out levels by their own rollouts, and by those of another level."""
+    rows = []
+    for path in paths:
+        args, networks = load_agent(path, eval_episodes=episodes)
+        about_it = about(path, args) | {"depth": args.imagination_depth, "env_model": args.env_model}
+        for rollouts in ("own", "another's"):
+            boards = i2a.held_out_levels(args)
+            rows.append(show(about_it | {"rollouts": rollouts} | evaluated(args, networks, boards)))
+            networks["agent"] = Distracted(networks["agent"])
+    write_rows(rows, "i2a_ablation.csv")
 
 
 class Planner(nn.Module):
@@ -240,5 +266,5 @@ def film(
 
 if __name__ == "__main__":
     i2a.keep_freed_memory()
-    commands = (retries, random, boxes, search, picture, film)
+    commands = (retries, random, boxes, ablation, search, picture, film)
     tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands})

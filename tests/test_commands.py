@@ -80,6 +80,7 @@ PROGRAMS = {
     "benchmark/i2a_evaluate.py retries": ("--most 2", "benchmark/results/i2a_retries.csv"),
     "benchmark/i2a_evaluate.py random": ("--episodes 8", "benchmark/results/i2a_random.csv"),
     "benchmark/i2a_evaluate.py boxes": ("--episodes 4", "benchmark/results/i2a_boxes.csv"),
+    "benchmark/i2a_evaluate.py ablation": ("--episodes 4", "benchmark/results/i2a_ablation.csv"),
     "benchmark/i2a_evaluate.py search": ("--episodes 2", "benchmark/results/i2a_search.csv"),
     "benchmark/i2a_evaluate.py picture": ("", "docs/i2a_imagined.png"),
     "benchmark/i2a_evaluate.py film": ("--fewest 1", "docs/i2a_film.gif"),

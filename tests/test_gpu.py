@@ -23,7 +23,7 @@ import sokoban_env
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = i2a.Args(
-    size=6, num_boxes=1, cnn_channels=(8,), encoder_channels=(8,), dense=16, lstm=16, model_width=4,
+    size=6, num_boxes=1, cnn_channels=(8,), dense=16, encoder_channels=(8,), encoder_dense=8, lstm=16, model_width=4,
     imagination_depth=2, num_envs=8, num_steps=3,
 )  # fmt: skip
 
@@ -187,7 +187,7 @@ def train(*flags: str) -> tuple[dict, list]:
     """The weights at the end, and the rows of metrics without times."""
     shutil.rmtree("runs", ignore_errors=True)
     # rates that float32 can hold, for a graph reads one from a tensor; more episodes than the ring has levels
-    small = "--size 6 --num-boxes 1 --cnn-channels 8 --encoder-channels 8 --dense 16 --lstm 16 --model-width 4 "
+    small = "--size 6 --num-boxes 1 --cnn-channels 8 --dense 16 --encoder-channels 8 --lstm 16 --model-width 4 "
     small += "--imagination-depth 2 --num-envs 32 --num-steps 4 --max-episode-steps 8 --num-minibatches 2 "
     small += "--anneal-from 0 --update-epochs 2 --total-timesteps 2048 --log-frequency 512 "
     i2a.main(i2a.parse_args([*small.split(), "--learning-rate", "0.0009765625", "--eval-episodes", "8", *flags]))

@@ -17,8 +17,9 @@ from sokoban_env import SokobanVectorEnv, convert_observation, generate_levels, 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SMALL = Args(
-    size=6, num_boxes=1, cnn_channels=(8,), encoder_channels=(8,), dense=16, lstm=16, model_width=4, imagination_depth=2
-)
+    size=6, num_boxes=1, cnn_channels=(8,), dense=16, encoder_channels=(8,), encoder_dense=8, lstm=16,
+    rollout_channels=(8,), rollout_dense=16, model_width=4, imagination_depth=2,
+)  # fmt: skip
 
 
 def boards(num: int, size: int | tuple[int, int] = 6, num_boxes: int = 2, seed: int = 1) -> torch.Tensor:
@@ -201,6 +202,20 @@ def test_layers_turn_with_their_inputs(which: int):
         assert not torch.allclose(one, other, atol=0.01)
 
 
+@pytest.mark.parametrize("symmetry", [True, False])
+def test_the_first_step_of_the_optimiser_by_hand(symmetry: bool):
+    """Adam's first step is the rate times each gradient's sign, of all parameters, whatever their layout in memory."""
+    args = replace(SMALL, symmetry=symmetry, num_envs=16, num_steps=8)
+    networks, envs = i2a.make_networks(args, CPU), i2a.make_envs(args, 16, None, CPU)
+    rows, *_ = i2a.rollout(args, networks, envs, envs.reset(seed=1)[0][:, None], seeded())
+    before = {name: p.detach().clone() for name, p in networks.named_parameters()}
+    i2a.update(args, networks, i2a.make_optimizer(args, networks), *rows)
+    for name, p in networks.named_parameters():
+        if p.grad is not None:
+            step = p.grad / (p.grad.abs() + 1e-5)
+            torch.testing.assert_close(before[name] - p, args.learning_rate * step, atol=1e-6, rtol=0, msg=name)
+
+
 def test_weights_are_laid_out_once_a_rollout_and_anew_after_an_update(monkeypatch: pytest.MonkeyPatch):
     args = replace(SMALL, num_envs=4, num_steps=3)
     networks, envs = i2a.make_networks(args, CPU), i2a.make_envs(args, 4, None, CPU)
@@ -229,8 +244,8 @@ def test_sizes_of_the_parts():
     networks, frames = i2a.make_networks(Args(), CPU), boards(2, size=7)[:, None]
     for part, planes, channels, side in (
         (networks["agent"].features, 4, 32, 7),
-        (networks["agent"].encoder.features, 5, 16, 4),  # the first stride is 2
-        (networks["rollout_policy"].features, 4, 16, 4),
+        (networks["agent"].encoder.features, 5, 32, 4),  # the first stride is 2
+        (networks["rollout_policy"].features, 4, 64, 4),
     ):
         assert part.convs(torch.zeros(1, planes, 7, 7)).shape == (1, channels, side, side)
     plain = i2a.make_networks(Args(symmetry=False), CPU)["agent"].features
@@ -522,7 +537,8 @@ def test_the_rollout_encoder_is_an_lstm_over_the_reversed_rollout():
 
 
 def test_the_aggregator_keeps_environments_and_actions_apart():
-    networks = i2a.make_networks(replace(SMALL, encoder_channels=(32,), lstm=64), CPU)  # not all of it is dead
+    args = replace(SMALL, encoder_channels=(32,), encoder_dense=32, lstm=64)  # not all of it is dead
+    networks = i2a.make_networks(args, CPU)
     frames = boards(4)[:, None]
     imagined = i2a.imagine(networks, frames, 2, seeded())
     logits, value = networks["agent"](frames, imagined)
