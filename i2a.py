@@ -74,7 +74,7 @@ class Args:
     frame_stack: int = 1  # frames of an observation
     view: Literal["player", "board"] = "player"  # player: networks see the board with the player in its middle
     levels: str | None = None  # train on this Boxoban file or folder instead of generated levels
-    total_timesteps: int = 240_000  # environment frames, those of the model's pretraining included
+    total_timesteps: int = 400_000  # environment frames, those of the model's pretraining included
     num_envs: int = 64  # parallel environments of each process
     num_steps: int = 32  # steps of a rollout before each update
     optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSProp is the paper's
@@ -94,13 +94,13 @@ class Args:
     reward_scale: float = 0.1  # the agent's losses see rewards times this
     symmetry: bool = True  # networks that know the square's eight symmetries (player's view only)
 
-    imagination_depth: int = 5  # steps D of each imagined rollout
+    imagination_depth: int = 3  # steps D of each imagined rollout
     env_model: Literal["learned", "poor", "perfect", "copy"] = "learned"  # copy: an identity; perfect: the simulator
     env_model_path: str | None = None  # take the environment model of this file instead of pretraining one
     finetune_model: bool = False  # go on training the model on fresh transitions, by its own loss
     reward_prediction: bool = True  # let the encoder see predicted rewards and ends
     rollout_policy: Literal["distilled", "random", "pretrained"] = "distilled"  # who acts in imagination
-    greedy_rollouts: bool = True  # imagined actions are the rollout policy's likeliest; off: sampled, as the paper's
+    greedy_rollouts: bool = False  # imagined actions are the rollout policy's likeliest, instead of sampled
     pretrained_path: str | None = None  # a model-free agent's file: collects the model's data; --rollout-policy too
     model_frames: int = 20_000  # transitions that the model is pretrained on
     model_steps: int = 3_000  # optimiser steps of the pretraining
@@ -108,11 +108,11 @@ class Args:
     cnn_channels: tuple[int, ...] = (32, 32, 32)  # channels of the model-free path
     cnn_padding: bool = True  # off: only the first convolution is padded, and the view shrinks to the player's place
     dense: int = 256  # units of the model-free path's dense layer
-    encoder_channels: tuple[int, ...] = (32,)  # channels of the rollout encoder
-    encoder_dense: int = 32  # units of its dense layer
-    lstm: int = 64  # units of its LSTM
-    rollout_channels: tuple[int, ...] = (64,)  # channels of the distilled rollout policy
-    rollout_dense: int = 64  # units of its dense layer
+    encoder_channels: tuple[int, ...] = (16,)  # channels of the rollout encoder
+    encoder_dense: int = 16  # units of its dense layer
+    lstm: int = 32  # units of its LSTM
+    rollout_channels: tuple[int, ...] = (16,)  # channels of the distilled rollout policy
+    rollout_dense: int = 32  # units of its dense layer
 
     compile: bool = False  # torch.compile the networks
     cuda_graph: bool = False  # launch a rollout, and an update, as one CUDA graph
@@ -128,9 +128,8 @@ class Args:
 # The paper's setting. Its learning rate, steps of a rollout, discount, and all of the model's data are not published.
 PAPER_SMALL = Args(
     view="board", symmetry=False, num_minibatches=1, update_epochs=1, norm_adv=False, anneal_lr=False, num_envs=32,
-    num_steps=8, learning_rate=3e-3, gamma=0.97, gae_lambda=0.95, ent_coef=0.001, vf_coef=0.5, imagination_depth=3,
-    greedy_rollouts=False, cnn_channels=(16, 16), dense=128, encoder_channels=(16, 16), encoder_dense=32, lstm=64,
-    rollout_channels=(16,), rollout_dense=32, total_timesteps=1_500_000,
+    num_steps=8, learning_rate=3e-3, gamma=0.97, gae_lambda=0.95, ent_coef=0.001, vf_coef=0.5, cnn_channels=(16, 16),
+    dense=128, encoder_channels=(16, 16), encoder_dense=32, lstm=64, total_timesteps=1_500_000,
 )  # fmt: skip
 PRESETS = {
     "default": Args(),

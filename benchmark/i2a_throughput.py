@@ -16,7 +16,7 @@ from gpu import CPU, FLAGSHIP, i2a, i2a_frames
 
 WIDE = f"{FLAGSHIP} --cnn-channels 64 64 64 --no-cnn-padding --dense 512"  # on a CPU, benchmark/flagship.py's
 TASKS = {"7x7-2": "", "10x10-4": FLAGSHIP, "10x10-4, wide": WIDE, "10x10-4, wide, bf16": f"{WIDE} --bf16"}
-AGENTS = {"model-free": "--agent model-free"} | {f"depth {d}": f"--imagination-depth {d}" for d in (3, 5, 8)}
+AGENTS = {"model-free": "--agent model-free"} | {f"depth {d}": f"--imagination-depth {d}" for d in (3, 8)}
 
 
 def main(seconds: float = 20.0) -> None:

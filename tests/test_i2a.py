@@ -244,8 +244,8 @@ def test_sizes_of_the_parts():
     networks, frames = i2a.make_networks(Args(), CPU), boards(2, size=7)[:, None]
     for part, planes, channels, side in (
         (networks["agent"].features, 4, 32, 7),
-        (networks["agent"].encoder.features, 5, 32, 4),  # the first stride is 2
-        (networks["rollout_policy"].features, 4, 64, 4),
+        (networks["agent"].encoder.features, 5, 16, 4),  # the first stride is 2
+        (networks["rollout_policy"].features, 4, 16, 4),
     ):
         assert part.convs(torch.zeros(1, planes, 7, 7)).shape == (1, channels, side, side)
     plain = i2a.make_networks(Args(symmetry=False), CPU)["agent"].features
