@@ -101,12 +101,12 @@ class Args:
     reward_prediction: bool = True  # let the encoder see predicted rewards and ends
     rollout_policy: Literal["distilled", "random", "pretrained"] = "distilled"  # who acts in imagination
     greedy_rollouts: bool = False  # imagined actions are the rollout policy's likeliest, instead of sampled
-    pretrained_path: str | None = None  # a model-free agent's file: collects the model's data; --rollout-policy too
+    pretrained_path: str | None = None  # of a model-free agent, who collects the model's data (--rollout-policy, too)
     model_frames: int = 20_000  # transitions that the model is pretrained on
     model_steps: int = 3_000  # optimiser steps of the pretraining
     model_width: int = 16  # channels of the environment model
     cnn_channels: tuple[int, ...] = (32, 32, 32)  # channels of the model-free path
-    cnn_padding: bool = True  # off: only the first convolution is padded, and the view shrinks to the player's place
+    cnn_padding: bool = True  # off: only a network's first convolution is padded; maps shrink to the player
     dense: int = 256  # units of the model-free path's dense layer
     encoder_channels: tuple[int, ...] = (16,)  # channels of the rollout encoder
     encoder_dense: int = 16  # units of its dense layer
@@ -330,8 +330,7 @@ def symmetry_table() -> Tensor:
     turned = [turn_boards(board, which).tolist() for which in range(8)]
     for g in range(8):
         for first in range(8):
-            h = turned.index(turn_boards(turn_boards(board, first), g).tolist())
-            table[g, h] = first
+            table[g, turned.index(turn_boards(turn_boards(board, first), g).tolist())] = first
     return table
 
 
@@ -348,33 +347,32 @@ class TurnedWeights(nn.Module):
         cells = torch.arange(kernel**2).view(kernel, kernel)
         turned = torch.stack([turn_boards(cells, g) for g in range(8)])  # (8, n, n)
         table = torch.zeros(8, 1, dtype=torch.long) if planes else symmetry_table()
-        # ψ_k(g⁻¹h) at [g, h, y, x]: the weight that stands at symmetry h and place (y, x) when ψ_k is turned by g
+        # At [g, h, y, x]: where in a flat ψ_k stands what ψ_k, turned by g, has at symmetry h and place (y, x)
         self.register_buffer("index", kernel**2 * table[:, :, None, None] + turned[:, None], persistent=False)
 
     def forward(self, psi: Tensor) -> Tensor:
         """ψ (K, features, 8 * n * n), for planes (K, inputs, n * n) -> weights of the layer's shape.
 
-        With them the layer computes (f ⋆ ψ_k)(g) = Σ_h f(h) ψ_k(g⁻¹h), over symmetries and places h (equation 11).
+        With them the layer computes (f ⋆ ψ_k)(g) = Σ_h f(h) ψ_k(g⁻¹h), over symmetries and places h (equation 11 of
+        Cohen and Welling).
         """
         weight = psi.index_select(2, self.index.flatten()).unflatten(2, self.index.shape)  # (K, features, 8, 8, n, n)
         return weight.transpose(1, 2).reshape(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The ψ of such weights: what stands at the first symmetry, which turns nothing."""
+        """The ψ of such weights, by which register_parametrization finds its shape: those that are not turned."""
         psi = weight[::8].reshape(len(weight) // 8, -1, self.index[0].numel())
-        return psi.contiguous()  # Adam's fused kernel takes parameters to be as their gradients lie in memory
+        return psi.contiguous()  # Adam's fused kernel goes wrong where a parameter and its gradient lie differently
 
 
 def make_equivariant(layer: nn.Module, kernel: int = 1, planes: bool = False, std: float = 2**0.5) -> nn.Module:
     """Give a convolution, a dense layer of maps of `kernel` by `kernel`, or an LSTM cell TurnedWeights."""
     for name, weight in list(layer.named_parameters()):
-        if "bias" in name:  # the weight of a plane of ones
-            turned, initial = TurnedWeights(weight.shape, 1, planes=True), nn.init.zeros_
-        else:
-            turned = TurnedWeights(weight.shape, kernel, planes)
-            initial = functools.partial(nn.init.orthogonal_, gain=std)
+        bias = "bias" in name  # the weight of a plane of ones
+        turned = TurnedWeights(weight.shape, 1 if bias else kernel, planes or bias)
         parametrize.register_parametrization(layer, name, turned)
-        initial(layer.parametrizations[name].original)
+        psi = layer.parametrizations[name].original
+        nn.init.zeros_(psi) if bias else nn.init.orthogonal_(psi, std)
     return layer
 
 
@@ -382,7 +380,7 @@ class Actor(nn.Module):
     """Features (B, units) that know the symmetries to logits (B, A).
 
     Its layer has two features, `stay` and `up`. Channel g of `up` says how good the action is that g makes of up. Two
-    of the eight make the same direction of it: that direction's logit is their mean.
+    of the eight (a turn, and one mirrored) make the same direction of it: that direction's logit is their mean.
     """
 
     def __init__(self, units: int) -> None:
@@ -427,19 +425,16 @@ class FrameNet(nn.Module):
                 kernel = 3
                 stride = first_stride if i == 0 else 1
                 padding = 1 if i == 0 or args.cnn_padding else 0
-            layer = layer_init(nn.Conv2d(planes, width, kernel, stride, padding))
-            if args.symmetry:
-                make_equivariant(layer, kernel, planes=i == 0)
-            layers += [layer, nn.ReLU()]
+            layer = nn.Conv2d(planes, width, kernel, stride, padding)
+            layers += [make_equivariant(layer, kernel, i == 0) if args.symmetry else layer_init(layer), nn.ReLU()]
             planes = width
         self.convs = nn.Sequential(*layers)
         try:
             side = self.convs(frame).shape[-1]
         except RuntimeError:
             sys.exit(f"--no-cnn-padding leaves nothing of a {pixels}x{pixels} view after {len(channels)} convolutions")
-        self.dense = layer_init(nn.Linear(planes * side**2, units))
-        if args.symmetry:
-            make_equivariant(self.dense, side)
+        dense = nn.Linear(planes * side**2, units)
+        self.dense = make_equivariant(dense, side) if args.symmetry else layer_init(dense)
 
     def forward(self, frames: Tensor, rewards: Tensor | None = None) -> Tensor:
         """frames (B, F, H, W[, 3]), rewards (B,), which become a plane, if any -> features (B, units)."""
@@ -583,8 +578,8 @@ class RolloutEncoder(nn.Module):
         embeddings = h.unflatten(0, (-1, A))  # (B, A, LSTM), which the aggregator concatenates
         if not self.symmetry:
             return embeddings.flatten(1)
-        # Channel g describes the board as g turns it. There, action a is the action g(a): slot a takes channel g from
-        # rollout g(a)
+        # Channel g's weights are turned by g: what they take for action a is g(a) on the board. So slot a takes channel
+        # g from rollout g(a)
         channels = embeddings.unflatten(2, (-1, 8))  # (B, A, K, 8)
         return channels.gather(1, self.turned[None, :, None].expand_as(channels)).flatten(1)
 
@@ -650,7 +645,7 @@ def make_optimizer(args: Args, networks: nn.ModuleDict) -> torch.optim.Optimizer
 
 def load_networks(networks: nn.Module, path: str, prefix: str = "") -> None:
     """Load a file's weights whose names start with `prefix`; exits if they are of other parts or sizes."""
-    saved = load_checkpoint(path, "cpu")["networks"]
+    saved = load_checkpoint(path, "cpu").get("networks", {})
     weights = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
     try:
         networks.load_state_dict(weights)
@@ -786,7 +781,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 LOSSES = ("policy_loss", "value_loss", "entropy", "clipfrac", "distillation", "gradient_norm")
 
 
-@parametrize.cached()
+@parametrize.cached()  # ends with the call: the step's new weights are seen after it
 def update(args: Args, networks: nn.ModuleDict, optimizer: torch.optim.Optimizer, *rows: Tensor) -> Tensor:
     """One step of the agent and of π̂ on M rows; returns LOSSES (6,).
 

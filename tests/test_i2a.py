@@ -211,7 +211,8 @@ def test_the_first_step_of_the_optimiser_by_hand(symmetry: bool):
     before = {name: p.detach().clone() for name, p in networks.named_parameters()}
     i2a.update(args, networks, i2a.make_optimizer(args, networks), *rows)
     for name, p in networks.named_parameters():
-        if p.grad is not None:
+        assert (p.grad is not None) == p.requires_grad
+        if p.requires_grad:
             step = p.grad / (p.grad.abs() + 1e-5)
             torch.testing.assert_close(before[name] - p, args.learning_rate * step, atol=1e-6, rtol=0, msg=name)
 
@@ -225,7 +226,9 @@ def test_weights_are_laid_out_once_a_rollout_and_anew_after_an_update(monkeypatc
     every = sum(isinstance(module, i2a.TurnedWeights) for module in networks.modules())
     assert len(laid_out) == len(set(laid_out)) == every
     before = networks["agent"](rows[0], rows[5:])[0]
+    laid_out.clear()
     i2a.update(args, networks, i2a.make_optimizer(args, networks), *rows)
+    assert len(laid_out) == len(set(laid_out)) == every
     assert not torch.equal(networks["agent"](rows[0], rows[5:])[0], before)
 
 
@@ -237,6 +240,17 @@ def test_the_actor_by_hand():
     assert actor(torch.cat([stay, up])[None]).tolist() == [[3.5, (1 + 5) / 2, (3 + 7) / 2, (2 + 9) / 2, (4 + 6) / 2]]
     logits = i2a.Actor(32)(torch.randn(1000, 32))
     assert 0 < logits.std() < 0.02  # the first policy is near uniform
+
+
+def test_initial_weights_of_the_lstm_and_the_critics_sum():
+    networks, args = i2a.make_networks(Args(), CPU), Args()
+    psi = original(networks["agent"].encoder.lstm, "weight_hh")  # (16, 4, 8): rows of norm .5, as in torch's own cell
+    assert psi.flatten(1).norm(dim=1).tolist() == pytest.approx([0.5] * 16)
+    agent = i2a.I2AAgent(replace(args, agent="model-free"))
+    agent.features.forward = lambda frames: torch.arange(256.0).expand(2, -1)
+    agent.critic = torch.nn.Identity()  # of each feature, the sum over its eight channels / √8
+    value = agent(boards(2, size=7)[:, None], ())[1]
+    assert value[0].tolist() == pytest.approx([(8 * 8 * k + 28) / 8**0.5 for k in range(32)])
 
 
 def test_sizes_of_the_parts():
@@ -642,11 +656,12 @@ def test_the_presets():
     args = i2a.parse_args(["--preset", "paper", "--num-envs", "64"])
     assert (args.size, args.num_boxes, args.observation, args.imagination_depth) == (10, 4, "rgb", 5)
     assert (args.cnn_channels, args.dense, args.lstm, args.optimizer) == ((32, 64, 64), 512, 512, "rmsprop")
+    assert (args.encoder_channels, args.encoder_dense, args.rollout_channels) == ((32, 64, 64), 512, (16, 16))
     assert args.num_envs == 64 and args.ent_coef == 0.01 and args.gae_lambda == 1
     small = i2a.parse_args(["--preset", "paper-small", "--gae-lambda", "1"])
     for preset in (args, small):  # A2C on the board as it lies
         assert (preset.update_epochs, preset.num_minibatches, preset.norm_adv, preset.symmetry) == (1, 1, False, False)
-        assert preset.view == "board" and preset.gae_lambda == 1
+        assert preset.view == "board" and preset.gae_lambda == 1 and not preset.greedy_rollouts
         assert (preset.gamma, preset.vf_coef) == (0.97, 0.5)
     assert i2a.parse_args(["--preset", "paper-small"]).gae_lambda == 0.95
     assert i2a.parse_args([]) == Args() and Args().view == "player" and Args().symmetry
