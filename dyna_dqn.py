@@ -338,7 +338,7 @@ class DeltaModel(nn.Module):
 
 def load_networks(networks: nn.Module, path: str, prefix: str = "") -> None:
     """Load a file's weights whose names start with `prefix`; exits if they are of other parts or sizes."""
-    saved = load_checkpoint(path, "cpu")["networks"]
+    saved = load_checkpoint(path, "cpu").get("networks", {})
     weights = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
     try:
         networks.load_state_dict(weights)
