@@ -13,18 +13,23 @@ three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 # symmetries; -before: with PPO's usual critic too). Check out db522aa to run them; in its benchmark/i2a.sh they are
 # i2a_7x7, i2a_8x8 and i2a_depth, without the -turned.
 $run --study i2a_7x7 --variants "i2a=" "model-free=--agent model-free"
-$run --study i2a_7x7 --seeds 11 --variants "copy=--env-model copy"
+$run --study i2a_7x7 --seeds 11 12 --variants "copy=--env-model copy"
 $run --study i2a_7x7 --seeds 11 12 13 --variants "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" \
   --flags="--no-anneal-lr --total-timesteps 240000"
+# The same with a wider rollout policy and encoder
+wide="--encoder-channels 32 --encoder-dense 32 --lstm 64 --rollout-channels 64 --rollout-dense 64"
+$run --study i2a_7x7 --seeds 11 12 13 --variants "depth-8-wide=--imagination-depth 8 --greedy-rollouts $wide" \
+  --flags="--no-anneal-lr --total-timesteps 200000"
 $run --study i2a_8x8 --variants "i2a=" "model-free=--agent model-free" --flags="--size 8"
 # --sps: frames a second, of i2a_throughput.csv
 python benchmark/curves.py --study i2a_7x7 --reference model-free --thresholds 0.3 0.5 0.6 0.7 0.8 0.9 \
-  --at-frames 100000 200000 240000 300000 400000 --sps model-free=1982 i2a=995 depth-8-greedy=555
+  --at-frames 100000 150000 200000 240000 300000 400000 --sps model-free=1982 i2a=995 depth-8-greedy=555
 python benchmark/curves.py --study i2a_8x8 --reference model-free --thresholds 0.3 0.5 0.7 0.8 0.9 \
   --at-frames 100000 200000 300000 400000
 
 # 2. 10x10 rooms with four boxes (on a GPU: benchmark/gpu.sh). 76 minutes, on a CPU with avx512_bf16. First a tenth of
 # the levels are DeepMind's, then two thirds; the entropy bonus is halved twice.
+# boxoban-levels: git clone https://github.com/google-deepmind/boxoban-levels
 mkdir -p levels-1 levels-2
 cp boxoban-levels/unfiltered/train/00[0-9].txt levels-1
 python tools/sokoban.py generate --output levels-1/generated.txt --num-levels 30000 --seed 20
@@ -40,13 +45,21 @@ if ! compgen -G "runs/*__flagship-model-free-64__11__*" > /dev/null; then # one 
   python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --levels levels-2 --ent-coef 0.01" --until 4000000
   python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --ent-coef 0.005"
 fi
-# The one that imagines, as far as it has been run; on from there as above
+# Those that imagine, as far as they have been run; on from there as above
+imagining="--greedy-rollouts --model-frames 40000 --model-steps 6000 --total-timesteps 5000000 --ent-coef 0.02"
 if ! compgen -G "runs/*__flagship-i2a-64__11__*" > /dev/null; then
-  imagining="--greedy-rollouts --model-frames 40000 --model-steps 6000 --total-timesteps 5000000 --ent-coef 0.02"
-  python benchmark/flagship.py i2a-64 --flags="$imagining --levels levels-1" --until 500000
+  python benchmark/flagship.py i2a-64 --flags="$imagining --levels levels-1" --until 1550000
+  go_on="--resume runs/*__flagship-i2a-64__11__*/checkpoint.pt"
+  for folder in runs/*__flagship-i2a-64__11__*; do cp "$folder/checkpoint.pt" "$folder/at1.55M.pt"; done
+  python benchmark/flagship.py i2a-64 --flags="$(echo $go_on)" --until 2000000
+  python benchmark/flagship.py i2a-64 --flags="$(echo $go_on) --levels levels-2 --ent-coef 0.01" --until 3000000
+fi
+if ! compgen -G "runs/*__flagship-i2a-64-depth-8__11__*" > /dev/null; then
+  deep="--imagination-depth 8 $wide"
+  python benchmark/flagship.py i2a-64-depth-8 --flags="$imagining --levels levels-1 $deep" --until 1000000
 fi
 # The variants -turned and -before are earlier versions' too
-$run --study flagship --seeds 11 --variants "model-free-64=" --collect-only
+$run --study flagship --seeds 11 --variants "model-free-64=" "i2a-64=" "i2a-64-depth-8=" --collect-only
 python benchmark/curves.py --study flagship --reference model-free-64 --thresholds 0.1 0.3 0.5 \
   --at-frames 500000 1000000 2000000 4000000 --title "10x10, four boxes"
 
@@ -61,5 +74,7 @@ python benchmark/i2a_throughput.py
 python benchmark/i2a_evaluate.py retries checkpoints/{model_free,i2a}_10x10_4boxes.pt \
   --levels boxoban-levels/unfiltered/valid
 python benchmark/i2a_evaluate.py random
+python benchmark/i2a_evaluate.py ablation runs/*__i2a_7x7-i2a__1?__*/agent.pt runs/*__i2a_7x7-depth-8-wide__1[12]__*/agent.pt \
+  runs/*__flagship-i2a-64__11__*/at1.55M.pt
 # i2a_boxes_first_edition.csv and i2a_search.csv are the first edition's
 python benchmark/i2a_evaluate.py boxes checkpoints/{model_free,i2a}_10x10_4boxes.pt
