@@ -324,6 +324,7 @@ def turn_boards(cells: Tensor, which: int) -> Tensor:
     return cells.flip(-1) if which >= 4 else cells
 
 
+@functools.cache
 def symmetry_table() -> Tensor:
     """Entry (g, h) is g⁻¹h: the symmetry that, followed by g, is h. (8, 8)."""
     board, table = torch.arange(9).view(3, 3), torch.empty(8, 8, dtype=torch.long)
@@ -372,7 +373,10 @@ def make_equivariant(layer: nn.Module, kernel: int = 1, planes: bool = False, st
         turned = TurnedWeights(weight.shape, 1 if bias else kernel, planes or bias)
         parametrize.register_parametrization(layer, name, turned)
         psi = layer.parametrizations[name].original
-        nn.init.zeros_(psi) if bias else nn.init.orthogonal_(psi, std)
+        if bias:
+            nn.init.zeros_(psi)
+        else:
+            nn.init.orthogonal_(psi, std)
     return layer
 
 
@@ -562,7 +566,7 @@ class RolloutEncoder(nn.Module):
         self.lstm = nn.LSTMCell(args.encoder_dense, args.lstm)
         if args.symmetry:
             make_equivariant(self.lstm, std=0.5)  # as large as torch's own at first
-        self.register_buffer("turned", torch.tensor(TURNED).T, persistent=False)  # (A, 8)
+            self.register_buffer("turned", torch.tensor(TURNED).T, persistent=False)  # (A, 8)
 
     def forward(self, frames: Tensor, rewards: Tensor, alive: Tensor) -> Tensor:
         """frames (B, A, D, H, W[, 3]), rewards and alive (B, A, D) -> [e_1, ..., e_A] (B, A * LSTM)."""
@@ -1003,6 +1007,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given.resume and given.evaluate:
         sys.exit("--resume goes on with a run, --evaluate plays an agent: give one of them")
     path = given.resume or given.evaluate
+    if path and given.preset != "default":
+        sys.exit(f"--preset is for new runs: leave it out, {path} has its own flags")
     default = saved_args(path) if path else PRESETS[given.preset]
     args = tyro.cli(Args, args=argv, default=default)
     if args.levels and not args.evaluate:
@@ -1013,15 +1019,18 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--finetune-model needs --agent i2a and --env-model learned or poor")
     if args.rollout_policy == "pretrained" and not args.pretrained_path:
         sys.exit("--rollout-policy pretrained needs --pretrained-path, a model-free agent's file")
+    if args.rollout_policy == "random" and args.greedy_rollouts:
+        sys.exit("--rollout-policy random needs --no-greedy-rollouts: the likeliest of equals is always the no-op")
     if args.num_steps > args.max_episode_steps:
         sys.exit("--num-steps must be at most --max-episode-steps")  # a rollout then holds one truncation at most
-    convolutions = (args.cnn_channels, args.encoder_channels, args.rollout_channels)
-    if args.observation == "rgb" and (args.view == "player" or max(map(len, convolutions)) > 3):
+    deepest = max(len(args.cnn_channels), len(args.encoder_channels), len(args.rollout_channels))
+    if args.observation == "rgb" and (args.view == "player" or deepest > 3):
         sys.exit("--observation rgb needs --view board, --no-symmetry and at most three convolutions")
     if args.symmetry and args.view == "board":
         sys.exit("--view board needs --no-symmetry: strides of 2 do not turn with a board of even size")
-    widths = (*sum(convolutions, ()), args.dense, args.encoder_dense, args.lstm, args.rollout_dense)
-    if args.symmetry and any(width % 8 for width in widths):
+    channels = (*args.cnn_channels, *args.encoder_channels, *args.rollout_channels)
+    units = (args.dense, args.encoder_dense, args.lstm, args.rollout_dense)
+    if args.symmetry and any(width % 8 for width in channels + units):
         sys.exit(
             "--symmetry needs channels and units in eights: of --cnn-channels, --dense, --encoder-channels, "
             "--encoder-dense, --lstm, --rollout-channels and --rollout-dense"

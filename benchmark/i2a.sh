@@ -74,7 +74,7 @@ python benchmark/i2a_throughput.py
 python benchmark/i2a_evaluate.py retries checkpoints/{model_free,i2a}_10x10_4boxes.pt \
   --levels boxoban-levels/unfiltered/valid
 python benchmark/i2a_evaluate.py random
-python benchmark/i2a_evaluate.py ablation runs/*__i2a_7x7-i2a__1?__*/agent.pt runs/*__i2a_7x7-depth-8-wide__1[12]__*/agent.pt \
-  runs/*__flagship-i2a-64__11__*/at1.55M.pt
+python benchmark/i2a_evaluate.py ablation runs/*__i2a_7x7-i2a__1?__*/agent.pt \
+  runs/*__i2a_7x7-depth-8-wide__1[12]__*/agent.pt runs/*__flagship-i2a-64__11__*/at1.55M.pt
 # i2a_boxes_first_edition.csv and i2a_search.csv are the first edition's
 python benchmark/i2a_evaluate.py boxes checkpoints/{model_free,i2a}_10x10_4boxes.pt
