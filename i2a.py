@@ -102,7 +102,7 @@ class Args:
     rollout_policy: Literal["distilled", "random", "pretrained"] = "distilled"  # who acts in imagination
     greedy_rollouts: bool = False  # imagined actions are the rollout policy's likeliest, instead of sampled
     pretrained_path: str | None = None  # of a model-free agent, who collects the model's data (--rollout-policy, too)
-    model_frames: int = 20_000  # transitions that the model is pretrained on
+    model_frames: int = 5_000  # transitions that the model is pretrained on
     model_steps: int = 3_000  # optimiser steps of the pretraining
     model_width: int = 16  # channels of the environment model
     cnn_channels: tuple[int, ...] = (32, 32, 32)  # channels of the model-free path
@@ -129,7 +129,7 @@ class Args:
 PAPER_SMALL = Args(
     view="board", symmetry=False, num_minibatches=1, update_epochs=1, norm_adv=False, anneal_lr=False, num_envs=32,
     num_steps=8, learning_rate=3e-3, gamma=0.97, gae_lambda=0.95, ent_coef=0.001, vf_coef=0.5, cnn_channels=(16, 16),
-    dense=128, encoder_channels=(16, 16), encoder_dense=32, lstm=64, total_timesteps=1_500_000,
+    dense=128, encoder_channels=(16, 16), encoder_dense=32, lstm=64, model_frames=20_000, total_timesteps=1_500_000,
 )  # fmt: skip
 PRESETS = {
     "default": Args(),

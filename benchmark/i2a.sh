@@ -12,15 +12,14 @@ three=("i2a=" "model-free=--agent model-free" "copy=--env-model copy")
 # i2a_8x8_earlier and i2a_depth are earlier versions' (-turned: minibatches were turned, networks did not know the
 # symmetries; -before: with PPO's usual critic too). Check out db522aa to run them; in its benchmark/i2a.sh they are
 # i2a_7x7, i2a_8x8 and i2a_depth, without the -turned.
-$run --study i2a_7x7 --variants "i2a=" "model-free=--agent model-free"
-$run --study i2a_7x7 --seeds 11 12 --variants "copy=--env-model copy"
+$run --study i2a_7x7 --variants "${three[@]}"
 $run --study i2a_7x7 --seeds 11 12 13 --variants "depth-8-greedy=--imagination-depth 8 --greedy-rollouts" \
   --flags="--no-anneal-lr --total-timesteps 240000"
 # The same with a wider rollout policy and encoder
 wide="--encoder-channels 32 --encoder-dense 32 --lstm 64 --rollout-channels 64 --rollout-dense 64"
-$run --study i2a_7x7 --seeds 11 12 13 --variants "depth-8-wide=--imagination-depth 8 --greedy-rollouts $wide" \
+$run --study i2a_7x7 --variants "depth-8-wide=--imagination-depth 8 --greedy-rollouts $wide" \
   --flags="--no-anneal-lr --total-timesteps 200000"
-$run --study i2a_8x8 --variants "i2a=" "model-free=--agent model-free" --flags="--size 8"
+$run --study i2a_8x8 --variants "${three[@]}" --flags="--size 8"
 # --sps: frames a second, of i2a_throughput.csv
 python benchmark/curves.py --study i2a_7x7 --reference model-free --thresholds 0.3 0.5 0.6 0.7 0.8 0.9 \
   --at-frames 100000 150000 200000 240000 300000 400000 --sps model-free=1982 i2a=995 depth-8-greedy=555
@@ -45,14 +44,15 @@ if ! compgen -G "runs/*__flagship-model-free-64__11__*" > /dev/null; then # one 
   python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --levels levels-2 --ent-coef 0.01" --until 4000000
   python benchmark/flagship.py model-free-64 --flags="$(echo $go_on) --ent-coef 0.005"
 fi
-# Those that imagine, as far as they have been run; on from there as above
+# Those that imagine; depth 8 as far as it has been run
 imagining="--greedy-rollouts --model-frames 40000 --model-steps 6000 --total-timesteps 5000000 --ent-coef 0.02"
 if ! compgen -G "runs/*__flagship-i2a-64__11__*" > /dev/null; then
   python benchmark/flagship.py i2a-64 --flags="$imagining --levels levels-1" --until 1550000
   go_on="--resume runs/*__flagship-i2a-64__11__*/checkpoint.pt"
   for folder in runs/*__flagship-i2a-64__11__*; do cp "$folder/checkpoint.pt" "$folder/at1.55M.pt"; done
   python benchmark/flagship.py i2a-64 --flags="$(echo $go_on)" --until 2000000
-  python benchmark/flagship.py i2a-64 --flags="$(echo $go_on) --levels levels-2 --ent-coef 0.01" --until 3000000
+  python benchmark/flagship.py i2a-64 --flags="$(echo $go_on) --levels levels-2 --ent-coef 0.01" --until 4000000
+  python benchmark/flagship.py i2a-64 --flags="$(echo $go_on) --ent-coef 0.005"
 fi
 if ! compgen -G "runs/*__flagship-i2a-64-depth-8__11__*" > /dev/null; then
   deep="--imagination-depth 8 $wide"

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmark/i2a_model.py
 
-For each task and seed a model is pretrained as i2a.py does it, then tested on transitions of levels of another seed:
-random play from fresh levels, and random play from points along their solutions, where boxes already stand on targets.
-Columns: the share of next boards that are right in every cell, of those with reward and end (`all_right`), and of
-rollouts of five random actions that the simulator plays alike.
+For each task, number of transitions and seed a model is pretrained as i2a.py does it, then tested on transitions of
+levels of another seed: random play from fresh levels, and random play from points along their solutions, where boxes
+already stand on targets. Columns: the share of next boards that are right in every cell, of those with reward and end
+(`all_right`), and of rollouts of five random actions that the simulator plays alike.
 """
 
 import itertools
@@ -20,7 +20,9 @@ from torch import Tensor
 import i2a
 from sokoban_env import SokobanVectorEnv, generate_levels
 
-TASKS = {"7x7-1": {"size": 7, "num_boxes": 1}, "10x10-4": {"size": 10, "num_boxes": 4}}
+TASKS = {
+    "7x7-1": {"size": 7, "num_boxes": 1}, "7x7-2": {"size": 7, "num_boxes": 2}, "10x10-4": {"size": 10, "num_boxes": 4},
+}  # fmt: skip
 
 
 def along_solutions(levels: Tensor, solutions: list[str], rng: np.random.Generator, most: int) -> Tensor:
@@ -68,14 +70,14 @@ def test_sets(settings: dict[str, int], num: int) -> dict[str, dict[str, Tensor]
 def main(
     seeds: tuple[int, ...] = (11, 12, 13),
     test_frames: int = 40_000,
-    model_frames: int = 20_000,
+    model_frames: tuple[int, ...] = (1_280, 5_000, 20_000),  # transitions to learn from
     model_steps: int = 3000,
 ) -> None:
     i2a.keep_freed_memory()
     rows: list[dict] = []
     silent = SimpleNamespace(log=lambda *_: None)
-    budget = {"model_frames": model_frames, "model_steps": model_steps}  # transitions to learn from, steps of training
-    for (task, settings), seed in itertools.product(TASKS.items(), seeds):
+    for (task, settings), frames, seed in itertools.product(TASKS.items(), model_frames, seeds):
+        budget = {"model_frames": frames, "model_steps": model_steps}
         args = i2a.Args(seed=seed, imagination_depth=5, **budget, **settings)
         i2a.seed_everything(seed, True)
         rng = torch.Generator().manual_seed(seed)
