@@ -74,7 +74,7 @@ class Args:
     frame_stack: int = 1  # frames of an observation
     view: Literal["player", "board"] = "player"  # player: networks see the board with the player in its middle
     levels: str | None = None  # train on this Boxoban file or folder instead of generated levels
-    total_timesteps: int = 400_000  # environment frames, those of the model's pretraining included
+    total_timesteps: int = 200_000  # environment frames, those of the model's pretraining included
     num_envs: int = 64  # parallel environments of each process
     num_steps: int = 32  # steps of a rollout before each update
     optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSProp is the paper's
@@ -94,13 +94,13 @@ class Args:
     reward_scale: float = 0.1  # the agent's losses see rewards times this
     symmetry: bool = True  # networks that know the square's eight symmetries (player's view only)
 
-    imagination_depth: int = 3  # steps D of each imagined rollout
+    imagination_depth: int = 8  # steps D of each imagined rollout
     env_model: Literal["learned", "poor", "perfect", "copy"] = "learned"  # copy: an identity; perfect: the simulator
     env_model_path: str | None = None  # take the environment model of this file instead of pretraining one
     finetune_model: bool = False  # go on training the model on fresh transitions, by its own loss
     reward_prediction: bool = True  # let the encoder see predicted rewards and ends
     rollout_policy: Literal["distilled", "random", "pretrained"] = "distilled"  # who acts in imagination
-    greedy_rollouts: bool = False  # imagined actions are the rollout policy's likeliest, instead of sampled
+    greedy_rollouts: bool = True  # imagined actions are the rollout policy's likeliest, instead of sampled
     pretrained_path: str | None = None  # of a model-free agent, who collects the model's data (--rollout-policy, too)
     model_frames: int = 5_000  # transitions that the model is pretrained on
     model_steps: int = 3_000  # optimiser steps of the pretraining
@@ -108,11 +108,11 @@ class Args:
     cnn_channels: tuple[int, ...] = (32, 32, 32)  # channels of the model-free path
     cnn_padding: bool = True  # off: only a network's first convolution is padded; maps shrink to the player
     dense: int = 256  # units of the model-free path's dense layer
-    encoder_channels: tuple[int, ...] = (16,)  # channels of the rollout encoder
-    encoder_dense: int = 16  # units of its dense layer
-    lstm: int = 32  # units of its LSTM
-    rollout_channels: tuple[int, ...] = (16,)  # channels of the distilled rollout policy
-    rollout_dense: int = 32  # units of its dense layer
+    encoder_channels: tuple[int, ...] = (32,)  # channels of the rollout encoder
+    encoder_dense: int = 32  # units of its dense layer
+    lstm: int = 64  # units of its LSTM
+    rollout_channels: tuple[int, ...] = (64,)  # channels of the distilled rollout policy
+    rollout_dense: int = 64  # units of its dense layer
 
     compile: bool = False  # torch.compile the networks
     cuda_graph: bool = False  # launch a rollout, and an update, as one CUDA graph
@@ -129,7 +129,8 @@ class Args:
 PAPER_SMALL = Args(
     view="board", symmetry=False, num_minibatches=1, update_epochs=1, norm_adv=False, anneal_lr=False, num_envs=32,
     num_steps=8, learning_rate=3e-3, gamma=0.97, gae_lambda=0.95, ent_coef=0.001, vf_coef=0.5, cnn_channels=(16, 16),
-    dense=128, encoder_channels=(16, 16), encoder_dense=32, lstm=64, model_frames=20_000, total_timesteps=1_500_000,
+    dense=128, encoder_channels=(16, 16), encoder_dense=32, lstm=64, rollout_channels=(16,), rollout_dense=32,
+    imagination_depth=3, greedy_rollouts=False, model_frames=20_000, total_timesteps=1_500_000,
 )  # fmt: skip
 PRESETS = {
     "default": Args(),
@@ -432,7 +433,7 @@ class FrameNet(nn.Module):
             layer = nn.Conv2d(planes, width, kernel, stride, padding)
             layers += [make_equivariant(layer, kernel, i == 0) if args.symmetry else layer_init(layer), nn.ReLU()]
             planes = width
-        self.convs = nn.Sequential(*layers)
+        self.convs = nn.Sequential(*layers[:-1])  # the last ReLU comes after `flatten`: its gradient is faster there
         try:
             side = self.convs(frame).shape[-1]
         except RuntimeError:
@@ -445,7 +446,8 @@ class FrameNet(nn.Module):
         x = to_planes(frames, self.kind, self.view)
         if rewards is not None:
             x = torch.cat([x, rewards[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
-        return F.relu(self.dense(self.convs(x).flatten(1)))
+        x = F.relu(self.convs(x).flatten(1))
+        return F.relu(self.dense(x))
 
 
 class EnvModel(nn.Module):
