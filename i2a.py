@@ -100,7 +100,7 @@ class Args:
     finetune_model: bool = False  # go on training the model on fresh transitions, by its own loss
     reward_prediction: bool = True  # let the encoder see predicted rewards and ends
     rollout_policy: Literal["distilled", "random", "pretrained"] = "distilled"  # who acts in imagination
-    greedy_rollouts: bool = True  # imagined actions are the rollout policy's likeliest, instead of sampled
+    greedy_rollouts: bool = True  # imagined actions are its likeliest, not sampled (a random one's are)
     pretrained_path: str | None = None  # of a model-free agent, who collects the model's data (--rollout-policy, too)
     model_frames: int = 5_000  # transitions that the model is pretrained on
     model_steps: int = 3_000  # optimiser steps of the pretraining
@@ -1021,8 +1021,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         sys.exit("--finetune-model needs --agent i2a and --env-model learned or poor")
     if args.rollout_policy == "pretrained" and not args.pretrained_path:
         sys.exit("--rollout-policy pretrained needs --pretrained-path, a model-free agent's file")
-    if args.rollout_policy == "random" and args.greedy_rollouts:
-        sys.exit("--rollout-policy random needs --no-greedy-rollouts: the likeliest of equals is always the no-op")
+    if args.rollout_policy == "random":
+        args = replace(args, greedy_rollouts=False)  # the likeliest of equals would always be the no-op
     if args.num_steps > args.max_episode_steps:
         sys.exit("--num-steps must be at most --max-episode-steps")  # a rollout then holds one truncation at most
     deepest = max(len(args.cnn_channels), len(args.encoder_channels), len(args.rollout_channels))

@@ -40,10 +40,11 @@ case "${1:-}" in
   flagship)
     install
     # gpu_flagship.csv holds an earlier version's two tables, with its contests; its column `seconds` is the wall clock's.
-    # Its agents learned more slowly: their networks did not know the symmetries (check out db522aa)
+    # Its agents learned more slowly: their networks did not know the symmetries, and encoder and rollout policy were
+    # narrower (check out db522aa)
     python3 benchmark/flagship.py gpu-model-free --seconds 470 --flags="--agent model-free" "${@:2}" &
     model="--env-model-path $(ls runs/*__model-10x10__*/agent.pt)"
-    python3 benchmark/flagship.py gpu-i2a --seconds 440 --flags="--greedy-rollouts $model" "${@:2}"
+    python3 benchmark/flagship.py gpu-i2a --seconds 440 --flags="--imagination-depth 3 $model" "${@:2}"
     wait
     ;;
   *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 1 ;;

@@ -70,7 +70,7 @@ def test_sets(settings: dict[str, int], num: int) -> dict[str, dict[str, Tensor]
 def main(
     seeds: tuple[int, ...] = (11, 12, 13),
     test_frames: int = 40_000,
-    model_frames: tuple[int, ...] = (1_280, 5_000, 20_000),  # transitions to learn from
+    model_frames: tuple[int, ...] = (5_000, 20_000),  # transitions to learn from
     model_steps: int = 3000,
 ) -> None:
     i2a.keep_freed_memory()

@@ -16,10 +16,16 @@ from gpu import CPU, FLAGSHIP, i2a, i2a_frames
 
 WIDE = f"{FLAGSHIP} --cnn-channels 64 64 64 --no-cnn-padding --dense 512"  # on a CPU, benchmark/flagship.py's
 TASKS = {"7x7-2": "", "10x10-4": FLAGSHIP, "10x10-4, wide": WIDE, "10x10-4, wide, bf16": f"{WIDE} --bf16"}
-AGENTS = {"model-free": "--agent model-free"} | {f"depth {d}": f"--imagination-depth {d}" for d in (3, 8)}
+NARROW = "--encoder-channels 16 --encoder-dense 16 --lstm 32 --rollout-channels 16 --rollout-dense 32"
+AGENTS = {
+    "model-free": "--agent model-free",
+    "depth 3, narrow": f"--imagination-depth 3 {NARROW}",
+    "depth 3": "--imagination-depth 3",
+    "depth 8": "--imagination-depth 8",
+}
 
 
-def main(seconds: float = 20.0) -> None:
+def main(seconds: float = 15.0) -> None:
     torch.set_num_threads(1)
     i2a.keep_freed_memory()
     rows, baseline = [], 0.0

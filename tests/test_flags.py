@@ -84,7 +84,6 @@ gym.register("TestCountable-v0", entry_point=PlainEnv, kwargs={"states": gym.spa
         ("world_model_rollouts", "--resume a.pt --evaluate b.pt", "give one of them"),
         ("world_model_gp", "--resume a.pt --evaluate b.pt", "give one of them"),
         ("i2a", "--rollout-policy pretrained", "--pretrained-path"),
-        ("i2a", "--rollout-policy random --greedy-rollouts", "--no-greedy-rollouts"),
         ("i2a", "--resume a.pt --preset paper", "--preset is for new runs"),
         ("i2a", "--finetune-model --env-model perfect", "--finetune-model needs"),
         ("i2a", "--finetune-model --agent model-free", "--finetune-model needs"),

@@ -243,7 +243,8 @@ def test_the_actor_by_hand():
 
 
 def test_initial_weights_of_the_lstm_and_the_critics_sum():
-    networks, args = i2a.make_networks(Args(), CPU), Args()
+    args = Args(lstm=32)
+    networks = i2a.make_networks(args, CPU)
     psi = original(networks["agent"].encoder.lstm, "weight_hh")  # (16, 4, 8): rows of norm .5, as in torch's own cell
     assert psi.flatten(1).norm(dim=1).tolist() == pytest.approx([0.5] * 16)
     agent = i2a.I2AAgent(replace(args, agent="model-free"))
@@ -258,8 +259,8 @@ def test_sizes_of_the_parts():
     networks, frames = i2a.make_networks(Args(), CPU), boards(2, size=7)[:, None]
     for part, planes, channels, side in (
         (networks["agent"].features, 4, 32, 7),
-        (networks["agent"].encoder.features, 5, 16, 4),  # the first stride is 2
-        (networks["rollout_policy"].features, 4, 16, 4),
+        (networks["agent"].encoder.features, 5, 32, 4),  # the first stride is 2
+        (networks["rollout_policy"].features, 4, 64, 4),
     ):
         assert part.convs(torch.zeros(1, planes, 7, 7)).shape == (1, channels, side, side)
     plain = i2a.make_networks(Args(symmetry=False), CPU)["agent"].features
@@ -664,6 +665,7 @@ def test_the_presets():
         assert preset.view == "board" and preset.gae_lambda == 1 and not preset.greedy_rollouts
         assert (preset.gamma, preset.vf_coef) == (0.97, 0.5)
     assert i2a.parse_args(["--preset", "paper-small"]).gae_lambda == 0.95
+    assert (small.imagination_depth, small.rollout_channels, small.model_frames) == (3, (16,), 20_000)
     assert i2a.parse_args([]) == Args() and Args().view == "player" and Args().symmetry
     networks = i2a.make_networks(args, CPU)
     frames = convert_observation(boards(2, size=10, num_boxes=4), "cells", "rgb")[:, None]
@@ -673,6 +675,11 @@ def test_the_presets():
     assert networks["agent"](frames, imagined)[0].shape == (2, A)
     layers = [m for m in networks["agent"].features.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [(m.kernel_size[0], m.stride[0], m.out_channels) for m in layers] == [(8, 4, 32), (4, 2, 64), (3, 1, 64)]
+
+
+def test_a_random_rollout_policy_is_sampled():
+    assert i2a.parse_args([]).greedy_rollouts
+    assert not i2a.parse_args(["--rollout-policy", "random"]).greedy_rollouts
 
 
 @pytest.mark.parametrize(("greedy", "lead"), [(False, 1000.0), (True, 0.1)])
