@@ -100,7 +100,7 @@ class Args:
     finetune_model: bool = False  # go on training the model on fresh transitions, by its own loss
     reward_prediction: bool = True  # let the encoder see predicted rewards and ends
     rollout_policy: Literal["distilled", "random", "pretrained"] = "distilled"  # who acts in imagination
-    greedy_rollouts: bool = True  # imagined actions are its likeliest, not sampled (a random one's are)
+    greedy_rollouts: bool = True  # it takes its likeliest action, not a sampled one (random: always sampled)
     pretrained_path: str | None = None  # of a model-free agent, who collects the model's data (--rollout-policy, too)
     model_frames: int = 5_000  # transitions that the model is pretrained on
     model_steps: int = 3_000  # optimiser steps of the pretraining

@@ -32,8 +32,8 @@ done
 python benchmark/curves.py --study i2a_8x8 --reference model-free --thresholds 0.3 0.5 0.7 0.8 0.9 \
   --at-frames 100000 200000 300000 400000
 
-# 2. 10x10 rooms with four boxes (on a GPU: benchmark/gpu.sh). 76 minutes without imagination, 149 and 62 with it, on a CPU with avx512_bf16. First a tenth of
-# the levels are DeepMind's, then two thirds; the entropy bonus is halved twice.
+# 2. 10x10 rooms with four boxes (on a GPU: benchmark/gpu.sh). 76 minutes without imagination, 149 and 62 with it, on a
+# CPU with avx512_bf16. First a tenth of the levels are DeepMind's, then two thirds; the entropy bonus is halved twice.
 # boxoban-levels: git clone https://github.com/google-deepmind/boxoban-levels
 mkdir -p levels-1 levels-2
 cp boxoban-levels/unfiltered/train/00[0-9].txt levels-1

@@ -254,6 +254,14 @@ def test_initial_weights_of_the_lstm_and_the_critics_sum():
     assert value[0].tolist() == pytest.approx([(8 * 8 * k + 28) / 8**0.5 for k in range(32)])
 
 
+def test_every_layer_of_a_frame_net_has_its_relu():
+    net, frames = i2a.FrameNet(Args(symmetry=False), 4, (8, 8), 16), boards(3, size=7)[:, None]
+    x = i2a.to_planes(frames, "cells", "player")
+    for layer in net.convs:
+        x = F.relu(layer(x))
+    torch.testing.assert_close(net(frames), F.relu(net.dense(x.flatten(1))))
+
+
 def test_sizes_of_the_parts():
     """Of 7x7 boards, and their numbers of weights: an eighth of a plain network's."""
     networks, frames = i2a.make_networks(Args(), CPU), boards(2, size=7)[:, None]
